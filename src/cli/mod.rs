@@ -1,0 +1,101 @@
+//! The command line: one file a command.
+
+mod doctor;
+mod info;
+mod serve;
+
+use crate::config::raw::Raw;
+use crate::config::{Config, ConfigError};
+use crate::host;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "flightbox",
+    version,
+    about = "An Arrow Flight ingest appliance for a single Linux node",
+    after_help = "Settings: a flag goes above the environment (FLIGHTBOX_<KEY>), that above the file of --config, that above the defaults.\nEvery key is in systemd/flightbox.toml."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the recorder until it is told to stop.
+    Serve(Settings),
+    /// Show the state of a running recorder.
+    Info {
+        #[command(flatten)]
+        settings: Settings,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check this machine and this folder: one line each, with cause and remedy.
+    Doctor(Settings),
+}
+
+/// Settings that have a flag; every other key is set in the file or the environment.
+#[derive(Debug, Args)]
+struct Settings {
+    /// Configuration file (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Folder of the recordings.
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Address and port of Arrow Flight.
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Option<String>,
+    /// Path of a Unix-domain socket as well.
+    #[arg(long, value_name = "PATH")]
+    unix: Option<PathBuf>,
+    /// Any setting by its key, e.g. --set memory_budget=256MiB. May be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl Settings {
+    fn load(&self) -> Result<Config, ConfigError> {
+        let mut raw = Raw::defaults();
+        if let Some(path) = &self.config {
+            raw.add_file(path)?;
+        }
+        // Variables that are not UTF-8 cannot be settings of ours.
+        raw.add_env(std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))))?;
+        for setting in &self.set {
+            let (key, value) = setting.split_once('=').ok_or_else(|| ConfigError {
+                key: "--set".to_owned(),
+                value: setting.clone(),
+                origin: "command line".to_owned(),
+                why: "is not KEY=VALUE".to_owned(),
+            })?;
+            raw.set(key, value.to_owned(), "command line")?;
+        }
+        let flags = [
+            ("data_dir", self.data.as_ref().map(|path| path.display().to_string())),
+            ("listen", self.listen.clone()),
+            ("unix_socket", self.unix.as_ref().map(|path| path.display().to_string())),
+        ];
+        for (key, value) in flags {
+            if let Some(value) = value {
+                raw.set(key, value, "command line")?;
+            }
+        }
+        let data_dir = PathBuf::from(&raw.get("data_dir").text);
+        Config::check(&raw, &host::facts(&data_dir))
+    }
+}
+
+/// Parses the command line and runs the command.
+pub(crate) fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
+    match Cli::parse().command {
+        Command::Serve(settings) => serve::run(settings.load()?),
+        Command::Info { settings, json } => info::run(&settings.load()?, json),
+        Command::Doctor(settings) => doctor::run(&settings.load()?),
+    }
+}

@@ -1,0 +1,365 @@
+//! Actions: one function each, JSON in and out, shapes as protocol.md section 2 has them.
+
+use crate::flight::dialect::{Connection, Dialect, Hint};
+use crate::flight::list::total_bytes;
+use crate::flight::service::Shared;
+use crate::flight::status::{invalid, of_storage};
+use crate::lifecycle::{
+    DeleteRule, LifecycleError, Locator, NewTopic, UploadKey, find_sequence, find_topic, is_locked, parse_uuid,
+};
+use crate::limits;
+use serde_json::{Map, Value, json};
+use storage::catalog::Look;
+use storage::chunk::Format;
+use storage::ids::{SequenceId, SessionId};
+use tonic::Status;
+
+/// Every action with its description, for ListActions.
+pub(crate) const ACTIONS: [(&str, &str); 14] = [
+    ("sequence_create", "Create a sequence: {name|locator, user_metadata} -> {key} (v0) or nothing."),
+    ("sequence_finalize", "v0: lock a sequence whose topics are all locked: {name, key}."),
+    ("sequence_abort", "v0: delete an unlocked sequence with everything in it: {name, key}."),
+    ("sequence_delete", "Delete a sequence: {name} (v0, unlocked only) or {locator}."),
+    ("sequence_system_info", "v0: size, lock state and creation time of a sequence: {name}."),
+    ("session_create", "Open a session of a sequence: {locator} -> {uuid, locator}."),
+    ("session_finalize", "Lock a session whose topics are all locked: {session_uuid}."),
+    ("session_delete", "Delete a session with its topics: {session_uuid} or {locator}."),
+    ("topic_create", "Create a topic: {sequence_key, name, …} -> {key} (v0) or {session_uuid, locator, …} -> {uuid}."),
+    ("topic_delete", "Delete a topic: {name} (v0, unlocked only) or {locator}."),
+    ("topic_system_info", "v0: chunks, size, lock state and creation time of a topic: {name}."),
+    ("version", "The protocol version this server speaks."),
+    ("info", "Version and limits; with {\"flightbox\": true} also the state of the appliance."),
+    ("query", "Find sequences and topics by content (not yet available)."),
+];
+
+/// The protocol generation this server presents itself as.
+const PROTOCOL_VERSION: (u32, u32, u32) = (0, 7, 0);
+
+/// The fields of a request body.
+struct Body {
+    action: String,
+    fields: Map<String, Value>,
+}
+
+impl Body {
+    fn parse(action: &str, bytes: &[u8]) -> Result<Self, Status> {
+        if bytes.is_empty() {
+            return Ok(Self { action: action.to_owned(), fields: Map::new() });
+        }
+        match serde_json::from_slice(bytes) {
+            Ok(Value::Object(fields)) => Ok(Self { action: action.to_owned(), fields }),
+            Ok(other) => Err(invalid(format!("the body of action `{action}` is {}, not a JSON object", kind(&other)))),
+            Err(error) => Err(invalid(format!("the body of action `{action}` is not JSON: {error}"))),
+        }
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.fields.contains_key(key)
+    }
+
+    fn text(&self, key: &str) -> Result<&str, Status> {
+        match self.fields.get(key) {
+            Some(Value::String(text)) => Ok(text),
+            Some(other) => Err(invalid(format!("action `{}`: `{key}` is {}, not a text", self.action, kind(other)))),
+            None => Err(invalid(format!("action `{}` needs the field `{key}`", self.action))),
+        }
+    }
+
+    /// The resource, by whichever of both generations' keys is there.
+    fn name_or_locator(&self) -> Result<(&'static str, &str), Status> {
+        if self.has("name") { Ok(("name", self.text("name")?)) } else { Ok(("locator", self.text("locator")?)) }
+    }
+
+    fn user_metadata(&self) -> Result<String, Status> {
+        match self.fields.get("user_metadata") {
+            None | Some(Value::Null) => Ok("{}".to_owned()),
+            Some(Value::Object(object)) => {
+                let text = Value::Object(object.clone()).to_string();
+                if text.len() > limits::USER_METADATA_BYTES_MAX {
+                    return Err(invalid(format!(
+                        "action `{}`: `user_metadata` has {} bytes, over the limit of {}",
+                        self.action,
+                        text.len(),
+                        limits::USER_METADATA_BYTES_MAX
+                    )));
+                }
+                Ok(text)
+            }
+            Some(other) => Err(invalid(format!("action `{}`: `user_metadata` is {}, not an object", self.action, kind(other)))),
+        }
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a flag",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// What a call tells about its client.
+fn hint(action: &str, body: &Body) -> Hint {
+    match action {
+        "info" => Hint::Info,
+        "version" => Hint::Version,
+        "sequence_finalize" | "sequence_abort" | "sequence_system_info" | "topic_system_info" => Hint::V0,
+        "session_delete" if body.has("session_uuid") => Hint::SessionDeleteByUuid,
+        "session_create" | "session_finalize" | "session_delete" => Hint::Session,
+        _ if body.has("name") => Hint::V0,
+        _ if body.has("locator") => Hint::Session,
+        _ => Hint::Nothing,
+    }
+}
+
+/// Runs an action; returns the body of its one Result.
+pub(crate) async fn run(shared: &Shared, connection: &Connection, action: &str, body: &[u8]) -> Result<Vec<u8>, Status> {
+    let body = Body::parse(action, body)?;
+    let dialect = connection.note(hint(action, &body));
+    let response = match action {
+        "sequence_create" => sequence_create(shared, &body).await?,
+        "sequence_finalize" => sequence_finalize(shared, &body).await?,
+        "sequence_abort" => sequence_abort(shared, &body).await?,
+        "sequence_delete" => sequence_delete(shared, connection, &body).await?,
+        "sequence_system_info" => sequence_system_info(shared, &body)?,
+        "session_create" => session_create(shared, connection, &body).await?,
+        "session_finalize" => session_finalize(shared, &body).await?,
+        "session_delete" => session_delete(shared, &body).await?,
+        "topic_create" => topic_create(shared, &body).await?,
+        "topic_delete" => topic_delete(shared, &body).await?,
+        "topic_system_info" => topic_system_info(shared, &body)?,
+        "version" => version(),
+        "info" => info(shared, &body)?,
+        "query"
+        | "topic_filter_clusterize"
+        | "topic_filter_intersect"
+        | "sequence_notify_create"
+        | "sequence_notify_list"
+        | "sequence_notify_purge"
+        | "topic_notify_create"
+        | "topic_notify_list"
+        | "topic_notify_purge"
+        | "sequence_notification_create"
+        | "sequence_notification_list"
+        | "sequence_notification_purge"
+        | "topic_notification_create"
+        | "topic_notification_list"
+        | "topic_notification_purge"
+        | "layer_create"
+        | "layer_delete"
+        | "layer_update"
+        | "layer_list"
+        | "api_key_create"
+        | "api_key_status"
+        | "api_key_revoke" => {
+            return Err(Status::unimplemented(format!("action `{action}` is known but this version of flightbox does not serve it yet")));
+        }
+        other => {
+            let known: Vec<&str> = ACTIONS.iter().map(|(name, _)| *name).collect();
+            return Err(invalid(format!("there is no action `{other}`; known are {}", known.join(", "))));
+        }
+    };
+    let envelope = match (response, dialect) {
+        (Value::Null, Dialect::V0) => json!({ "action": "empty" }),
+        (response, _) => json!({ "action": action, "response": response }),
+    };
+    Ok(envelope.to_string().into_bytes())
+}
+
+async fn sequence_create(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let (key, name) = body.name_or_locator()?;
+    let v0 = key == "name";
+    let record = shared.lifecycle.create_sequence(Locator::sequence(key, name)?, body.user_metadata()?, v0).await?;
+    Ok(if v0 { json!({ "key": record.id.to_string() }) } else { Value::Null })
+}
+
+fn v0_key(body: &Body) -> Result<(String, SequenceId), Status> {
+    let name = Locator::sequence("name", body.text("name")?)?;
+    Ok((name, SequenceId(parse_uuid("key", body.text("key")?)?)))
+}
+
+async fn sequence_finalize(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let (name, key) = v0_key(body)?;
+    shared.lifecycle.finalize_sequence(name, key).await?;
+    Ok(Value::Null)
+}
+
+async fn sequence_abort(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let (name, key) = v0_key(body)?;
+    shared.lifecycle.abort_sequence(name, key).await?;
+    Ok(Value::Null)
+}
+
+async fn sequence_delete(shared: &Shared, connection: &Connection, body: &Body) -> Result<Value, Status> {
+    let (key, name) = body.name_or_locator()?;
+    let name = Locator::sequence(key, name)?;
+    let rule = if key == "name" { DeleteRule::Unlocked } else { DeleteRule::Anything };
+    match shared.lifecycle.delete_sequence(name.clone(), rule).await {
+        // 0.3 deletes twice and shows its user the second answer.
+        Err(LifecycleError::NotFound { .. }) if connection.just_deleted(&name) => Ok(Value::Null),
+        Err(error) => Err(error.into()),
+        Ok(()) => {
+            connection.note_deleted(&name);
+            Ok(Value::Null)
+        }
+    }
+}
+
+fn sequence_system_info(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let catalog = &shared.lifecycle.catalog;
+    let sequence = find_sequence(catalog, &Locator::sequence("name", body.text("name")?)?)?;
+    let mut bytes = 0;
+    for topic in catalog.topics_of(sequence.id).map_err(|e| of_storage(&e))? {
+        bytes += total_bytes(&catalog.totals(topic.no).map_err(|e| of_storage(&e))?);
+    }
+    let sessions = catalog.sessions_of(sequence.id).map_err(|e| of_storage(&e))?;
+    Ok(json!({
+        "total_size_bytes": bytes,
+        "is_locked": is_locked(&sessions),
+        "created_datetime": datetime(sequence.created_at_ns),
+    }))
+}
+
+async fn session_create(shared: &Shared, connection: &Connection, body: &Body) -> Result<Value, Status> {
+    let sequence = Locator::sequence("locator", body.text("locator")?)?;
+    let session = shared.lifecycle.create_session(sequence).await?;
+    let uuid = session.id.to_string();
+    Ok(if connection.old_session_reply(shared.config.legacy_session_reply) {
+        json!({ "uuid": uuid })
+    } else {
+        json!({ "uuid": uuid, "locator": session.locator })
+    })
+}
+
+async fn session_finalize(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let id = SessionId(parse_uuid("session_uuid", body.text("session_uuid")?)?);
+    shared.lifecycle.finalize_session(id).await?;
+    Ok(Value::Null)
+}
+
+async fn session_delete(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let by_id = if body.has("session_uuid") {
+        Some(SessionId(parse_uuid("session_uuid", body.text("session_uuid")?)?))
+    } else {
+        None
+    };
+    let locator = if by_id.is_none() { body.text("locator")?.trim_start_matches('/').to_owned() } else { String::new() };
+    shared
+        .lifecycle
+        .delete_session(move |txn| {
+            let (found, name) = match by_id {
+                Some(id) => (txn.session(id)?, id.to_string()),
+                None => (txn.session_by_locator(&locator)?, locator),
+            };
+            found.ok_or(LifecycleError::NotFound { what: "session", name })
+        })
+        .await?;
+    Ok(Value::Null)
+}
+
+async fn topic_create(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let v0 = body.has("sequence_key") || body.has("name");
+    let (upload_key, key, name) = if v0 {
+        let id = SequenceId(parse_uuid("sequence_key", body.text("sequence_key")?)?);
+        (UploadKey::Sequence(id), "name", body.text("name")?)
+    } else {
+        let id = SessionId(parse_uuid("session_uuid", body.text("session_uuid")?)?);
+        (UploadKey::Session(id), "locator", body.text("locator")?)
+    };
+    let tag = body.text("ontology_tag")?;
+    if tag.is_empty() || tag.contains('.') || tag.chars().any(char::is_control) || tag.len() > limits::NAME_PART_BYTES_MAX {
+        return Err(invalid(format!(
+            "`ontology_tag` = {tag:?}: must be a text of 1 to {} bytes without dots: queries split at the first dot",
+            limits::NAME_PART_BYTES_MAX
+        )));
+    }
+    let format_name = body.text("serialization_format")?;
+    let format = Format::from_name(format_name)
+        .ok_or_else(|| invalid(format!("`serialization_format` = {format_name:?} is none of default, ragged, image")))?;
+    let new = NewTopic {
+        locator: Locator::topic(key, name)?,
+        ontology_tag: tag.to_owned(),
+        format,
+        user_metadata: body.user_metadata()?,
+    };
+    let record = shared.lifecycle.create_topic(upload_key, new).await?;
+    let id = record.id.to_string();
+    Ok(if v0 { json!({ "key": id }) } else { json!({ "uuid": id }) })
+}
+
+async fn topic_delete(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let (key, name) = body.name_or_locator()?;
+    let rule = if key == "name" { DeleteRule::Unlocked } else { DeleteRule::Anything };
+    shared.lifecycle.delete_topic(Locator::topic(key, name)?, rule).await?;
+    Ok(Value::Null)
+}
+
+fn topic_system_info(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let catalog = &shared.lifecycle.catalog;
+    let topic = find_topic(catalog, &Locator::topic("name", body.text("name")?)?)?;
+    let totals = catalog.totals(topic.no).map_err(|e| of_storage(&e))?;
+    Ok(json!({
+        "chunks_number": totals.chunks,
+        "total_size_bytes": total_bytes(&totals),
+        "is_locked": topic.completed_at_ns.is_some(),
+        "created_datetime": datetime(topic.created_at_ns),
+    }))
+}
+
+fn version() -> Value {
+    let (major, minor, patch) = PROTOCOL_VERSION;
+    json!({
+        "version": format!("{major}.{minor}.{patch}"),
+        "semver": { "major": major, "minor": minor, "patch": patch, "pre": "" },
+    })
+}
+
+fn info(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let mut info = version();
+    let config = json!({
+        "grpc_max_decode_message_size": shared.config.message_bytes_max,
+        "grpc_max_encode_message_size": shared.config.message_bytes_max,
+        "grpc_target_encode_message_size": limits::OUTGOING_BATCH_BYTES,
+    });
+    if let Some(object) = info.as_object_mut() {
+        object.insert("config".to_owned(), config);
+        // An extension, only where asked for: clients get exactly the keys they know.
+        if body.fields.get("flightbox") == Some(&Value::Bool(true)) {
+            object.insert("flightbox".to_owned(), shared.appliance_info().map_err(|e| of_storage(&e))?);
+        }
+    }
+    Ok(info)
+}
+
+/// `YYYY-MM-DD HH:MM:SS.mmm UTC`, from nanoseconds since 1970 (days to a date by Howard Hinnant's
+/// `civil_from_days`).
+fn datetime(ns: i64) -> String {
+    let (seconds, millis) = (ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000) / 1_000_000);
+    let (days, second_of_day) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
+    let shifted = days + 719_468;
+    let era = shifted.div_euclid(146_097);
+    let day_of_era = shifted.rem_euclid(146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (hour, minute, second) = (second_of_day / 3600, second_of_day / 60 % 60, second_of_day % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{millis:03} UTC")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_as_clients_parse_them() {
+        assert_eq!(datetime(0), "1970-01-01 00:00:00.000 UTC");
+        assert_eq!(datetime(951_782_400_000_000_000), "2000-02-29 00:00:00.000 UTC");
+        assert_eq!(datetime(1_795_342_030_756_999_999), "2026-11-22 10:07:10.756 UTC");
+    }
+}

@@ -1,0 +1,17 @@
+//! Arrow Flight: the only room that names tonic or arrow-flight (INV-11).
+//!
+//! [`server`] listens, [`upload`] frames and admits, [`service`] has the RPCs a line each; [`put`],
+//! [`get`], [`list`] and [`actions`] do them; [`dialect`] knows which client speaks; [`status`] turns
+//! errors into codes. Never sees a ring.
+
+pub(crate) mod actions;
+pub(crate) mod client;
+pub(crate) mod decode;
+pub(crate) mod dialect;
+pub(crate) mod get;
+pub(crate) mod list;
+pub(crate) mod put;
+pub(crate) mod server;
+pub(crate) mod service;
+pub(crate) mod status;
+pub(crate) mod upload;

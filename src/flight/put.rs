@@ -1,0 +1,275 @@
+//! One DoPut stream, straight: descriptor and schema, batches, the end.
+//!
+//! Guarantees: the RPC ends OK only when everything is durable and the topic is locked; a stream
+//! that ends in any other way leaves the topic unlocked with its durable prefix (INV-12). Watermarks
+//! go out while the stream runs and coalesce by themselves: a client that never reads them is never
+//! blocked. The work is a task of its own: a client that goes away cannot stop it half-way.
+
+use crate::flight::decode::{self, Decoded, Decoder};
+use crate::flight::dialect::{Connection, Hint};
+use crate::flight::service::Shared;
+use crate::flight::status::{invalid, of_storage};
+use crate::flight::upload::{Monitor, UploadEnd};
+use crate::ingest::admit::Permit;
+use crate::ingest::committer::{End, Watermark};
+use crate::ingest::writer::{Batch, Message};
+use crate::lifecycle::{Locator, Upload, parse_uuid};
+use crate::stats::{Station, Stats};
+use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::datatypes::Int64Type;
+use arrow_flight::{FlightData, PutResult};
+use futures::Stream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+use storage::chunk::hash::batch_hash;
+use storage::chunk::{BatchMark, data_bytes};
+use storage::ids::TopicId;
+use storage::schema::{TopicSchema, node_count};
+use tokio::sync::{oneshot, watch};
+use tonic::{Status, Streaming};
+
+/// Starts the upload; returns when its topic is open.
+pub(crate) async fn do_put(
+    shared: Arc<Shared>,
+    connection: Connection,
+    stream: Streaming<FlightData>,
+    monitor: Option<Arc<Monitor>>,
+) -> Result<impl Stream<Item = Result<PutResult, Status>> + Send + 'static, Status> {
+    let monitor = monitor.ok_or_else(|| Status::internal("the upload layer is missing in front of DoPut"))?;
+    let (opened, is_open) = oneshot::channel();
+    let (done, is_done) = oneshot::channel();
+    tokio::spawn(async move {
+        let result = Ingest { shared, connection, monitor }.run(stream, opened).await;
+        done.send(result).ok(); // The client has gone; the topic has its end all the same.
+    });
+    match is_open.await {
+        Ok(watermark) => Ok(results(watermark, is_done)),
+        // The task ended before the topic was open: its result says why.
+        Err(_) => match is_done.await {
+            Ok(Err(status)) => Err(status),
+            Ok(Ok(())) | Err(_) => Err(Status::internal("the upload ended before it began")),
+        },
+    }
+}
+
+/// The answer: watermarks as they move, then the end.
+fn results(
+    watermark: watch::Receiver<Watermark>,
+    done: oneshot::Receiver<Result<(), Status>>,
+) -> impl Stream<Item = Result<PutResult, Status>> + Send + 'static {
+    struct Answer {
+        watermark: watch::Receiver<Watermark>,
+        done: oneshot::Receiver<Result<(), Status>>,
+        sent_batches: u64,
+        over: bool,
+    }
+    let answer = Answer { watermark, done, sent_batches: 0, over: false };
+    futures::stream::unfold(answer, |mut answer| async move {
+        loop {
+            let mark = answer.watermark.borrow_and_update().clone();
+            if mark.batches > answer.sent_batches {
+                answer.sent_batches = mark.batches;
+                return Some((Ok(put_result(&mark)), answer));
+            }
+            if answer.over {
+                return None;
+            }
+            // Cancel-safety: a watermark missed here is seen at the top of the loop.
+            tokio::select! {
+                biased;
+                result = &mut answer.done => {
+                    answer.over = true;
+                    if let Err(status) = result.unwrap_or_else(|_| Err(Status::internal("the upload's task was lost"))) {
+                        answer.sent_batches = u64::MAX;
+                        return Some((Err(status), answer));
+                    }
+                }
+                changed = answer.watermark.changed() => if changed.is_err() {
+                    // The topic is closed; only its end is still to come.
+                    answer.over = true;
+                    let result = (&mut answer.done).await;
+                    if let Err(status) = result.unwrap_or_else(|_| Err(Status::internal("the upload's task was lost"))) {
+                        answer.sent_batches = u64::MAX;
+                        return Some((Err(status), answer));
+                    }
+                }
+            }
+        }
+    })
+}
+
+fn put_result(mark: &Watermark) -> PutResult {
+    let json = serde_json::json!({ "rows": mark.rows, "batches": mark.batches, "bytes": mark.bytes });
+    PutResult { app_metadata: json.to_string().into() }
+}
+
+struct Ingest {
+    shared: Arc<Shared>,
+    connection: Connection,
+    monitor: Arc<Monitor>,
+}
+
+impl Ingest {
+    async fn run(self, mut stream: Streaming<FlightData>, opened: oneshot::Sender<watch::Receiver<Watermark>>) -> Result<(), Status> {
+        let upload = self.open(&mut stream).await?;
+        let topic = upload.topic.no;
+        opened.send(upload.watermark.clone()).ok(); // The client has gone; the stream will say so.
+        Stats::add(&self.shared.stats.uploads, 1);
+        let received = self.receive(&mut stream, &upload).await;
+        let end = match received {
+            Ok(UploadEnd::Clean) => End::Lock,
+            Ok(UploadEnd::Broken) | Err(_) => End::Leave,
+        };
+        let ended = self.shared.lifecycle.end_upload(topic, end).await;
+        self.shared.stats.uploads.fetch_sub(1, Ordering::Relaxed);
+        match received? {
+            UploadEnd::Clean => Ok(ended?),
+            UploadEnd::Broken => Err(Status::cancelled("the upload was cut; its durable rows are kept")),
+        }
+    }
+
+    /// Reads descriptor and schema and opens the topic.
+    async fn open(&self, stream: &mut Streaming<FlightData>) -> Result<Upload, Status> {
+        let mut descriptor = None;
+        let first = loop {
+            let message = stream.message().await?;
+            // Holds no more than the message itself, which is gone after this.
+            let _permit = self.monitor.take_permit();
+            let Some(message) = message else {
+                return Err(invalid("the stream ended without a schema; the first message carries descriptor and schema"));
+            };
+            descriptor = descriptor.or_else(|| message.flight_descriptor.clone());
+            if !message.data_header.is_empty() {
+                break message;
+            }
+        };
+        let descriptor =
+            descriptor.ok_or_else(|| invalid("DoPut without a descriptor; send a CMD descriptor with resource_locator and topic_uuid"))?;
+        let (locator, key) = self.target(&descriptor)?;
+        let wire = decode::schema(&first.data_header)?;
+        let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
+        self.monitor.set_overhead(crate::limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
+        let message = ipc_schema(&schema)?;
+        Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), message).await?)
+    }
+
+    fn target(&self, descriptor: &arrow_flight::FlightDescriptor) -> Result<(String, TopicId), Status> {
+        use arrow_flight::flight_descriptor::DescriptorType;
+        if descriptor.r#type() != DescriptorType::Cmd {
+            return Err(invalid("DoPut takes a CMD descriptor {\"resource_locator\", \"topic_uuid\"}, not a PATH"));
+        }
+        let command: serde_json::Value = serde_json::from_slice(&descriptor.cmd)
+            .map_err(|error| invalid(format!("the DoPut descriptor is not JSON: {error}")))?;
+        let text = |value: Option<&serde_json::Value>, key: &str| match value {
+            Some(serde_json::Value::String(text)) => Ok(text.clone()),
+            Some(other) => Err(invalid(format!("`{key}` in the DoPut descriptor is {other}, not a text"))),
+            None => Err(invalid(format!("the DoPut descriptor has no `{key}`"))),
+        };
+        let (locator, key) = match command.get("topic") {
+            Some(topic) => {
+                self.connection.note(Hint::V0);
+                (text(topic.get("name"), "topic.name")?, text(topic.get("key"), "topic.key")?)
+            }
+            None => {
+                self.connection.note(Hint::Session);
+                (text(command.get("resource_locator"), "resource_locator")?, text(command.get("topic_uuid"), "topic_uuid")?)
+            }
+        };
+        Ok((Locator::topic("resource_locator", &locator)?, TopicId(parse_uuid("topic_uuid", &key)?)))
+    }
+
+    /// Takes batches until the stream ends or something fails.
+    async fn receive(&self, stream: &mut Streaming<FlightData>, upload: &Upload) -> Result<UploadEnd, Status> {
+        let lane = self.shared.lifecycle.writers.of(upload.topic.no);
+        let pool = self.shared.budget.decode.clone();
+        let mut decoder = Decoder::new(Arc::clone(&upload.schema.wire), self.shared.config.batch_memory_max, pool);
+        let mut watermark = upload.watermark.clone();
+        let mut stopping = self.shared.stopping.clone();
+        loop {
+            // Cancel-safety: `message` keeps what it has read inside the stream.
+            let message = tokio::select! {
+                biased;
+                failed = failure(&mut watermark) => return Err(failed),
+                _ = stopping.wait_for(|stop| *stop) => {
+                    return Err(Status::unavailable("the server is shutting down; what was acknowledged is kept"));
+                }
+                message = stream.message() => message,
+            };
+            let Some(message) = (match message {
+                Ok(message) => message,
+                // The layer's own refusals (size, stall) come as they are; a reset is a broken end.
+                Err(status) if status.code() == tonic::Code::Cancelled => return Ok(UploadEnd::Broken),
+                Err(status) => return Err(status),
+            }) else {
+                return Ok(self.monitor.end());
+            };
+            let arrived = Instant::now();
+            let permit = self.monitor.take_permit().ok_or_else(|| Status::internal("a message without its permit"))?;
+            if message.data_header.is_empty() {
+                continue;
+            }
+            match decoder.decode(&message.data_header, message.data_body, permit).await? {
+                Decoded::Dictionary => {}
+                Decoded::Batch(rows, decode_permit, permit) => {
+                    let batch = check_batch(&upload.schema, &rows, permit, decode_permit, arrived)?;
+                    self.shared.stats.record(Station::Decode, arrived.elapsed());
+                    let message = Message::Batch { topic: upload.topic.no, batch: Box::new(batch) };
+                    lane.send(message).await.map_err(|_| Status::unavailable("the server is shutting down"))?;
+                }
+            }
+        }
+    }
+}
+
+/// Resolves when the upload failed behind the lane.
+async fn failure(watermark: &mut watch::Receiver<Watermark>) -> Status {
+    match watermark.wait_for(|mark| mark.failed.is_some()).await {
+        Ok(mark) => match &mark.failed {
+            Some(error) => of_storage(error),
+            None => Status::internal("the upload failed without a cause"),
+        },
+        // The topic was closed under the stream: aborted, deleted or finalized.
+        Err(_) => of_storage(&storage::StorageError::Gone),
+    }
+}
+
+/// Finds out what the writer and the index need to know of a batch.
+fn check_batch(
+    schema: &TopicSchema,
+    rows: &RecordBatch,
+    permit: Permit,
+    decode_permit: Option<Permit>,
+    arrived: Instant,
+) -> Result<Batch, Status> {
+    let times = rows.column(schema.time_column).as_primitive::<Int64Type>();
+    if times.null_count() > 0 {
+        return Err(invalid(format!("column `timestamp_ns` has {} nulls; every row needs a time", times.null_count())));
+    }
+    let rows_count = u32::try_from(rows.num_rows()).map_err(|_| invalid("a batch of more than 2^32 rows; send smaller batches"))?;
+    let (time, sorted) = time_range(times.values());
+    let mark = BatchMark { rows: rows_count, hash: batch_hash(rows) };
+    let stored = schema.to_stored(rows).map_err(|error| of_storage(&error))?;
+    let data_bytes = data_bytes(&stored);
+    Ok(Batch { rows: stored, mark, data_bytes, time, sorted, permit, decode_permit, arrived, sent: Instant::now() })
+}
+
+fn time_range(times: &[i64]) -> (Option<(i64, i64)>, bool) {
+    let Some(first) = times.first() else {
+        return (None, true);
+    };
+    let range = times.iter().fold((*first, *first), |(low, high), time| (low.min(*time), high.max(*time)));
+    (Some(range), times.is_sorted())
+}
+
+/// The schema as the catalog keeps it.
+fn ipc_schema(schema: &TopicSchema) -> Result<Vec<u8>, Status> {
+    use arrow::ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteOptions};
+    let mut dictionaries = DictionaryTracker::new(false);
+    let encoded = IpcDataGenerator::default().schema_to_bytes_with_dictionary_tracker(
+        &schema.wire,
+        &mut dictionaries,
+        &IpcWriteOptions::default(),
+    );
+    Ok(encoded.ipc_message)
+}

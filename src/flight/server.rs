@@ -1,0 +1,149 @@
+//! Listens on TCP and on a Unix-domain socket with the HTTP/2 settings of design.md section 8.
+
+use crate::flight::dialect::Connection;
+use crate::flight::service::{Flight, Shared};
+use crate::flight::upload::{UploadLayer, UploadLimits};
+use crate::limits;
+use arrow_flight::flight_service_server::FlightServiceServer;
+use futures::{Stream, StreamExt};
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::codec::CompressionEncoding;
+use tonic::transport::Server;
+use tonic::transport::server::Connected;
+
+/// A connection with its history: `connect_info` runs once per connection and is cloned into every
+/// request, whatever the socket is.
+pub(crate) struct Wire<S> {
+    socket: S,
+    connection: Connection,
+}
+
+impl<S> Wire<S> {
+    fn new(socket: S) -> Self {
+        Self { socket, connection: Connection::default() }
+    }
+}
+
+impl<S> Connected for Wire<S> {
+    type ConnectInfo = Connection;
+    fn connect_info(&self) -> Connection {
+        self.connection.clone()
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, buf)
+    }
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+/// Sockets that are bound but not yet served.
+pub(crate) struct Listeners {
+    tcp: TcpListener,
+    unix: Option<UnixListener>,
+}
+
+impl Listeners {
+    /// Binds what the configuration names.
+    pub(crate) async fn bind(config: &crate::config::Config) -> io::Result<Self> {
+        let tcp = TcpListener::bind(config.listen)
+            .await
+            .map_err(|error| io::Error::new(error.kind(), format!("listen = {}: {error}; is another server there?", config.listen)))?;
+        let unix = match &config.unix_socket {
+            Some(path) => {
+                // A socket left by a server that died; a living one holds the data directory's lock.
+                std::fs::remove_file(path).ok();
+                let named = |error: io::Error| io::Error::new(error.kind(), format!("unix_socket = {}: {error}", path.display()));
+                Some(UnixListener::bind(path).map_err(named)?)
+            }
+            None => None,
+        };
+        Ok(Self { tcp, unix })
+    }
+
+    /// The TCP address in use, with the port the system chose for port 0.
+    pub(crate) fn address(&self) -> io::Result<std::net::SocketAddr> {
+        self.tcp.local_addr()
+    }
+
+    /// Serves until `stopping` becomes true and open calls have ended.
+    pub(crate) async fn serve(self, shared: Arc<Shared>, stopping: watch::Receiver<bool>) -> Result<(), tonic::transport::Error> {
+        let tcp = TcpListenerStream::new(self.tcp).map(|socket| {
+            socket.map(|socket| {
+                socket.set_nodelay(true).ok(); // Only latency is lost where it cannot be set.
+                Wire::new(socket)
+            })
+        });
+        let tcp = serve_on(tcp, Arc::clone(&shared), stopping.clone());
+        match self.unix {
+            Some(unix) => {
+                let unix = UnixListenerStream::new(unix).map(|socket| socket.map(Wire::new));
+                let (tcp, unix) = futures::join!(tcp, serve_on(unix, shared, stopping));
+                tcp.and(unix)
+            }
+            None => tcp.await,
+        }
+    }
+}
+
+async fn serve_on<S>(
+    incoming: impl Stream<Item = io::Result<Wire<S>>>,
+    shared: Arc<Shared>,
+    mut stopping: watch::Receiver<bool>,
+) -> Result<(), tonic::transport::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let config = &shared.config;
+    let message_max = usize::try_from(config.message_bytes_max).unwrap_or(usize::MAX);
+    let layer = UploadLayer {
+        limits: UploadLimits {
+            pool: shared.budget.receive.clone(),
+            message_bytes_max: config.message_bytes_max,
+            stall: config.upload_stall,
+            stats: Arc::clone(&shared.stats),
+        },
+    };
+    let service = FlightServiceServer::new(Flight { shared: Arc::clone(&shared) })
+        .max_decoding_message_size(message_max)
+        .max_encoding_message_size(usize::MAX)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate);
+    Server::builder()
+        .initial_stream_window_size(config.stream_window_bytes)
+        .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)
+        .max_frame_size(limits::FRAME_BYTES)
+        .max_concurrent_streams(config.streams_max)
+        .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
+        .layer(layer)
+        .add_service(service)
+        .serve_with_incoming_shutdown(incoming, async move {
+            stopping.wait_for(|stop| *stop).await.ok(); // A sender that is gone has stopped as well.
+        })
+        .await
+}

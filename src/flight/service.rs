@@ -1,0 +1,211 @@
+//! The RPCs, a line or two each, and what they share.
+
+use crate::config::Config;
+use crate::flight::dialect::Connection;
+use crate::flight::upload::Monitor;
+use crate::flight::{actions, get, list, put};
+use crate::ingest::admit::Budget;
+use crate::lifecycle::Lifecycle;
+use crate::limits;
+use crate::stats::{Station, Stats};
+use arrow_flight::flight_service_server::FlightService;
+use arrow_flight::{
+    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightInfo, HandshakeRequest, HandshakeResponse,
+    IpcMessage, PollInfo, PutResult, SchemaAsIpc, SchemaResult, Ticket,
+};
+use futures::stream::{self, BoxStream, StreamExt};
+use serde_json::{Value, json};
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use storage::StorageError;
+use storage::catalog::Look;
+use storage::disk::{DiskState, IoCounters};
+use tokio::sync::watch;
+use tonic::{Request, Response, Status, Streaming};
+
+/// What every RPC may need.
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) lifecycle: Lifecycle,
+    pub(crate) budget: Budget,
+    pub(crate) stats: Arc<Stats>,
+    pub(crate) counters: Arc<IoCounters>,
+    pub(crate) disk: DiskState,
+    /// Runs everything but uploads: a saturated ingest does not delay it.
+    pub(crate) control: tokio::runtime::Handle,
+    /// Becomes true when the server shuts down.
+    pub(crate) stopping: watch::Receiver<bool>,
+}
+
+impl Shared {
+    /// The state of the appliance, for `flightbox info`.
+    pub(crate) fn appliance_info(&self) -> Result<Value, StorageError> {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let stations: Vec<Value> = Station::ALL
+            .iter()
+            .map(|station| {
+                let summary = self.stats.summary(*station);
+                json!({
+                    "station": station.name(),
+                    "count": summary.count,
+                    "p50_us": summary.p50_us,
+                    "p99_us": summary.p99_us,
+                    "p999_us": summary.p999_us,
+                    "max_us": summary.max_us,
+                })
+            })
+            .collect();
+        let memory = limits::memory_sum(&self.config);
+        let sum: u64 = memory.iter().map(|(_, bytes)| bytes).sum();
+        let parts: serde_json::Map<String, Value> = memory.into_iter().map(|(name, bytes)| (name.to_owned(), json!(bytes))).collect();
+        Ok(json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "data_dir": self.config.data_dir,
+            "engine": self.disk.engine.name(),
+            "direct_io": self.disk.direct,
+            "registered_buffers": self.disk.registered,
+            "notes": self.disk.notes,
+            "writers": self.config.writers,
+            "ring_bytes": {
+                "chunk": load(&self.counters.chunk),
+                "padding": load(&self.counters.padding),
+                "trailer": load(&self.counters.trailer),
+                "footer": load(&self.counters.footer),
+                "rewrite": load(&self.counters.rewrite),
+                "read": load(&self.counters.read),
+            },
+            "stored": self.stored_totals()?,
+            "since_start": {
+                "rows": load(&self.stats.rows),
+                "batches": load(&self.stats.batches),
+                "bytes": load(&self.stats.bytes),
+                "chunks": load(&self.stats.chunks),
+                "tail_runs": load(&self.stats.tail_runs),
+                "commit_groups": load(&self.stats.groups),
+                "uploads_open": load(&self.stats.uploads),
+            },
+            "memory": { "held": self.budget.held(), "bound": sum, "parts": parts },
+            "stations": stations,
+        }))
+    }
+
+    fn stored_totals(&self) -> Result<Value, StorageError> {
+        let catalog = &self.lifecycle.catalog;
+        let (mut topics, mut rows, mut chunks, mut bytes) = (0_u64, 0, 0, 0);
+        let sequences = catalog.sequences()?;
+        for sequence in &sequences {
+            for topic in catalog.topics_of(sequence.id)? {
+                let totals = catalog.totals(topic.no)?;
+                topics += 1;
+                rows += totals.rows;
+                chunks += totals.chunks;
+                bytes += totals.stored_bytes;
+            }
+        }
+        Ok(json!({ "sequences": sequences.len(), "topics": topics, "rows": rows, "chunks": chunks, "chunk_bytes": bytes }))
+    }
+
+    /// Runs work on the control runtime.
+    async fn on_control<T: Send + 'static>(&self, work: impl Future<Output = Result<T, Status>> + Send + 'static) -> Result<T, Status> {
+        match self.control.spawn(work).await {
+            Ok(result) => result,
+            Err(error) => Err(Status::internal(format!("the call's task was lost: {error}"))),
+        }
+    }
+}
+
+/// The service behind the generated server.
+#[derive(Clone)]
+pub(crate) struct Flight {
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// The connection's history, from the listener's IO type.
+fn connection<T>(request: &Request<T>) -> Connection {
+    request.extensions().get::<Connection>().cloned().unwrap_or_default()
+}
+
+fn one<T: Send + 'static>(items: Vec<T>) -> BoxStream<'static, Result<T, Status>> {
+    stream::iter(items.into_iter().map(Ok)).boxed()
+}
+
+#[tonic::async_trait]
+impl FlightService for Flight {
+    type HandshakeStream = BoxStream<'static, Result<HandshakeResponse, Status>>;
+    type ListFlightsStream = BoxStream<'static, Result<FlightInfo, Status>>;
+    type DoGetStream = BoxStream<'static, Result<FlightData, Status>>;
+    type DoPutStream = BoxStream<'static, Result<PutResult, Status>>;
+    type DoExchangeStream = BoxStream<'static, Result<FlightData, Status>>;
+    type DoActionStream = BoxStream<'static, Result<arrow_flight::Result, Status>>;
+    type ListActionsStream = BoxStream<'static, Result<ActionType, Status>>;
+
+    async fn handshake(&self, _request: Request<Streaming<HandshakeRequest>>) -> Result<Response<Self::HandshakeStream>, Status> {
+        Err(Status::unimplemented("Handshake is not needed: no client of this protocol sends it"))
+    }
+
+    async fn list_flights(&self, request: Request<Criteria>) -> Result<Response<Self::ListFlightsStream>, Status> {
+        let shared = Arc::clone(&self.shared);
+        connection(&request).note(crate::flight::dialect::Hint::Nothing);
+        let criteria = request.into_inner().expression;
+        let infos = self.shared.on_control(async move { list::list_flights(&shared, &criteria) }).await?;
+        Ok(Response::new(one(infos)))
+    }
+
+    async fn get_flight_info(&self, request: Request<FlightDescriptor>) -> Result<Response<FlightInfo>, Status> {
+        let (shared, connection) = (Arc::clone(&self.shared), connection(&request));
+        let descriptor = request.into_inner();
+        let info = self.shared.on_control(async move { list::flight_info(&shared, &connection, descriptor).await }).await?;
+        Ok(Response::new(info))
+    }
+
+    async fn poll_flight_info(&self, _request: Request<FlightDescriptor>) -> Result<Response<PollInfo>, Status> {
+        Err(Status::unimplemented("PollFlightInfo is not offered; use GetFlightInfo"))
+    }
+
+    async fn get_schema(&self, request: Request<FlightDescriptor>) -> Result<Response<SchemaResult>, Status> {
+        let (shared, connection) = (Arc::clone(&self.shared), connection(&request));
+        let descriptor = request.into_inner();
+        let schema = self.shared.on_control(async move { list::get_schema(&shared, &connection, &descriptor) }).await?;
+        let options = arrow::ipc::writer::IpcWriteOptions::default();
+        let message: IpcMessage =
+            SchemaAsIpc::new(&schema, &options).try_into().map_err(|error: arrow::error::ArrowError| Status::internal(error.to_string()))?;
+        Ok(Response::new(SchemaResult { schema: message.0 }))
+    }
+
+    async fn do_get(&self, request: Request<Ticket>) -> Result<Response<Self::DoGetStream>, Status> {
+        let shared = Arc::clone(&self.shared);
+        let ticket = request.into_inner().ticket;
+        let rows = self.shared.on_control(async move { get::do_get(shared, &ticket).await.map(StreamExt::boxed) }).await?;
+        Ok(Response::new(rows))
+    }
+
+    async fn do_put(&self, request: Request<Streaming<FlightData>>) -> Result<Response<Self::DoPutStream>, Status> {
+        let connection = connection(&request);
+        let monitor = request.extensions().get::<Arc<Monitor>>().cloned();
+        let results = put::do_put(Arc::clone(&self.shared), connection, request.into_inner(), monitor).await?;
+        Ok(Response::new(results.boxed()))
+    }
+
+    async fn do_exchange(&self, _request: Request<Streaming<FlightData>>) -> Result<Response<Self::DoExchangeStream>, Status> {
+        Err(Status::unimplemented("DoExchange is not offered; use DoPut and DoGet"))
+    }
+
+    async fn do_action(&self, request: Request<Action>) -> Result<Response<Self::DoActionStream>, Status> {
+        let (shared, connection) = (Arc::clone(&self.shared), connection(&request));
+        let action = request.into_inner();
+        let body = self
+            .shared
+            .on_control(async move { actions::run(&shared, &connection, &action.r#type, &action.body).await })
+            .await?;
+        Ok(Response::new(one(vec![arrow_flight::Result { body: body.into() }])))
+    }
+
+    async fn list_actions(&self, _request: Request<Empty>) -> Result<Response<Self::ListActionsStream>, Status> {
+        let actions = actions::ACTIONS
+            .iter()
+            .map(|(name, text)| ActionType { r#type: (*name).to_owned(), description: (*text).to_owned() })
+            .collect();
+        Ok(Response::new(one(actions)))
+    }
+}

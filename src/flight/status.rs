@@ -1,0 +1,69 @@
+//! Errors to gRPC codes, in one exhaustive table: a new variant must choose.
+
+use crate::lifecycle::LifecycleError;
+use storage::StorageError;
+use tonic::{Code, Status};
+
+/// The status of a life-cycle error.
+pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
+    let code = match error {
+        LifecycleError::AlreadyExists { .. } => Code::AlreadyExists,
+        LifecycleError::NotFound { .. } => Code::NotFound,
+        LifecycleError::WrongKey { .. } | LifecycleError::OutsideSequence { .. } => Code::PermissionDenied,
+        LifecycleError::Locked { .. }
+        | LifecycleError::TopicUnlocked { .. }
+        | LifecycleError::Busy { .. }
+        | LifecycleError::HasRows { .. } => Code::FailedPrecondition,
+        LifecycleError::Invalid { .. } => Code::InvalidArgument,
+        LifecycleError::Storage(error) => return of_storage(error),
+    };
+    Status::new(code, error.to_string())
+}
+
+/// The status of a storage error.
+pub(crate) fn of_storage(error: &StorageError) -> Status {
+    let code = match error {
+        error if error.is_full_disk() => Code::ResourceExhausted,
+        StorageError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Code::NotFound,
+        StorageError::Io { .. } | StorageError::Directory(_) => Code::Internal,
+        StorageError::Catalog { .. } => Code::Unavailable,
+        StorageError::Decode { .. } | StorageError::Checksum { .. } => Code::DataLoss,
+        StorageError::Unstorable { .. } | StorageError::Format { .. } => Code::InvalidArgument,
+        StorageError::Gone => Code::Aborted,
+        // `StorageError` is non-exhaustive: what a later version adds is the server's fault.
+        _ => Code::Internal,
+    };
+    Status::new(code, error.to_string())
+}
+
+impl From<LifecycleError> for Status {
+    fn from(error: LifecycleError) -> Self {
+        of_lifecycle(&error)
+    }
+}
+
+/// A refusal of something the client sent: what, which value, what would be right.
+pub(crate) fn invalid(text: impl Into<String>) -> Status {
+    Status::invalid_argument(text.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(error: LifecycleError, code: Code) {
+        assert_eq!(of_lifecycle(&error).code(), code, "{error}");
+    }
+
+    #[test]
+    fn each_refusal_has_its_code() {
+        check(LifecycleError::AlreadyExists { what: "topic", name: "s/t".into() }, Code::AlreadyExists);
+        check(LifecycleError::NotFound { what: "topic", name: "s/t".into() }, Code::NotFound);
+        check(LifecycleError::WrongKey { what: "topic", name: "s/t".into(), key: uuid::Uuid::nil() }, Code::PermissionDenied);
+        check(LifecycleError::Busy { topic: "s/t".into() }, Code::FailedPrecondition);
+        check(LifecycleError::Invalid { key: "name", value: String::new(), why: "is empty".into() }, Code::InvalidArgument);
+        let full = StorageError::io("write", "/x", std::io::ErrorKind::StorageFull.into());
+        check(LifecycleError::Storage(full), Code::ResourceExhausted);
+    }
+}

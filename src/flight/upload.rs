@@ -1,0 +1,295 @@
+//! Station 1: the body of a DoPut, framed and admitted before it is read; and its true end.
+//!
+//! Guarantees: a message's bytes are taken from the socket only after a permit for all of it is
+//! held, so back-pressure is HTTP/2's own (INV-7); a message over the limit is refused by its header;
+//! how the upload ended is what HTTP/2 said (INV-12): tonic reports a cancelled stream as a clean
+//! `None` and drops half a message silently, so this layer notes END_STREAM and message boundaries
+//! itself. A message that stalls half-way loses its permit and its stream.
+
+use crate::ingest::admit::{Permit, Pool};
+use crate::stats::{Station, Stats};
+use bytes::{Buf, Bytes};
+use http_body::{Body, Frame, SizeHint};
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+use tonic::Status;
+use tower::{Layer, Service};
+
+/// The only path whose body is framed here.
+const DO_PUT_PATH: &str = "/arrow.flight.protocol.FlightService/DoPut";
+/// Compressed-flag byte and length.
+const HEADER_BYTES: usize = 5;
+/// Most that deflate can blow up: the claim for a compressed message, whose real size is unknown.
+const DEFLATE_RATIO_MAX: u64 = 1032;
+
+/// How an upload's request stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum UploadEnd {
+    /// END_STREAM on a message boundary.
+    Clean,
+    /// Cancel, reset, lost connection, or an end inside a message.
+    Broken,
+}
+
+/// What the layer tells the handler of the same request.
+#[derive(Debug, Default)]
+pub(crate) struct Monitor {
+    state: Mutex<MonitorState>,
+    /// Heap that each message of this stream costs beyond its bytes; known with the schema.
+    overhead: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct MonitorState {
+    permits: VecDeque<Permit>,
+    end: Option<UploadEnd>,
+}
+
+impl Monitor {
+    /// The permit of the next message, in order.
+    pub(crate) fn take_permit(&self) -> Option<Permit> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).permits.pop_front()
+    }
+
+    /// How the stream ended; asked once the messages are over.
+    pub(crate) fn end(&self) -> UploadEnd {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).end.unwrap_or(UploadEnd::Broken)
+    }
+
+    /// Sets what each further message costs beyond its bytes.
+    pub(crate) fn set_overhead(&self, bytes: u64) {
+        self.overhead.store(bytes, Ordering::Relaxed);
+    }
+
+    fn put_permit(&self, permit: Permit) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).permits.push_back(permit);
+    }
+
+    fn note_end(&self, end: UploadEnd) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).end.get_or_insert(end);
+    }
+}
+
+/// What the layer needs.
+#[derive(Debug, Clone)]
+pub(crate) struct UploadLimits {
+    pub(crate) pool: Pool,
+    pub(crate) message_bytes_max: u64,
+    pub(crate) stall: Duration,
+    pub(crate) stats: Arc<Stats>,
+}
+
+/// Wraps the bodies of DoPut requests.
+#[derive(Debug, Clone)]
+pub(crate) struct UploadLayer {
+    pub(crate) limits: UploadLimits,
+}
+
+impl<S> Layer<S> for UploadLayer {
+    type Service = UploadService<S>;
+    fn layer(&self, inner: S) -> UploadService<S> {
+        UploadService { inner, limits: self.limits.clone() }
+    }
+}
+
+/// See [`UploadLayer`].
+#[derive(Debug, Clone)]
+pub(crate) struct UploadService<S> {
+    inner: S,
+    limits: UploadLimits,
+}
+
+impl<S> Service<http::Request<tonic::body::Body>> for UploadService<S>
+where
+    S: Service<http::Request<tonic::body::Body>>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> S::Future {
+        if request.uri().path() != DO_PUT_PATH {
+            return self.inner.call(request);
+        }
+        let monitor = Arc::new(Monitor::default());
+        let limits = self.limits.clone();
+        let for_body = Arc::clone(&monitor);
+        let mut request = request.map(|body| tonic::body::Body::new(UploadBody::new(body, limits, for_body)));
+        request.extensions_mut().insert(monitor);
+        self.inner.call(request)
+    }
+}
+
+enum State {
+    /// Between messages, with so many header bytes read.
+    Header { have: usize },
+    /// The header is read; the permit is waited for.
+    Claim { claim: Pin<Box<dyn Future<Output = Permit> + Send>>, since: Instant, length: u64 },
+    /// So much of the message is still to come.
+    Message { left: u64 },
+}
+
+struct UploadBody {
+    inner: tonic::body::Body,
+    limits: UploadLimits,
+    monitor: Arc<Monitor>,
+    header: [u8; HEADER_BYTES],
+    state: State,
+    /// Received but not yet handed on.
+    pending: Bytes,
+    end_stream: bool,
+    stall: Pin<Box<tokio::time::Sleep>>,
+}
+
+impl UploadBody {
+    fn new(inner: tonic::body::Body, limits: UploadLimits, monitor: Arc<Monitor>) -> Self {
+        let stall = Box::pin(tokio::time::sleep(limits.stall));
+        Self {
+            inner,
+            limits,
+            monitor,
+            header: [0; HEADER_BYTES],
+            state: State::Header { have: 0 },
+            pending: Bytes::new(),
+            end_stream: false,
+            stall,
+        }
+    }
+
+    fn note_end(&self) {
+        let on_boundary = matches!(self.state, State::Header { have: 0 }) && self.pending.is_empty();
+        self.monitor.note_end(if self.end_stream && on_boundary { UploadEnd::Clean } else { UploadEnd::Broken });
+    }
+
+    /// Takes header bytes from `pending`; a complete header starts the claim.
+    fn read_header(&mut self, have: usize) -> Result<(), Status> {
+        let take = (HEADER_BYTES - have).min(self.pending.len());
+        let bytes = self.pending.split_to(take);
+        if let Some(into) = self.header.get_mut(have..have + take) {
+            into.copy_from_slice(&bytes);
+        }
+        if have + take < HEADER_BYTES {
+            self.state = State::Header { have: have + take };
+            return Ok(());
+        }
+        let [compressed, length @ ..] = self.header;
+        let length = u64::from(u32::from_be_bytes(length));
+        let limit = self.limits.message_bytes_max;
+        if length > limit {
+            return Err(Status::resource_exhausted(format!(
+                "a message of {length} bytes exceeds the limit of {limit} (setting message_bytes_max); send smaller batches"
+            )));
+        }
+        let weight = if compressed == 0 { length } else { limit.min(length.saturating_mul(DEFLATE_RATIO_MAX)) };
+        let weight = weight + self.monitor.overhead.load(Ordering::Relaxed);
+        let pool = self.limits.pool.clone();
+        let claim = Box::pin(async move { pool.claim(weight).await });
+        self.state = State::Claim { claim, since: Instant::now(), length };
+        Ok(())
+    }
+
+    /// Hands on what is there; `Ok(None)`: more bytes are needed.
+    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Status>> {
+        loop {
+            match &mut self.state {
+                State::Header { have } => {
+                    if self.pending.is_empty() {
+                        return Poll::Ready(Ok(None));
+                    }
+                    let have = *have;
+                    self.read_header(have)?;
+                }
+                State::Claim { claim, since, length } => {
+                    let permit = ready!(claim.as_mut().poll(cx));
+                    self.limits.stats.record(Station::Admit, since.elapsed());
+                    let left = *length;
+                    self.monitor.put_permit(permit);
+                    self.restart_stall_clock();
+                    self.state = if left == 0 { State::Header { have: 0 } } else { State::Message { left } };
+                    return Poll::Ready(Ok(Some(Bytes::copy_from_slice(&self.header))));
+                }
+                State::Message { left } => {
+                    if self.pending.is_empty() {
+                        return Poll::Ready(Ok(None));
+                    }
+                    let take = usize::try_from(*left).unwrap_or(usize::MAX).min(self.pending.len());
+                    *left -= take as u64;
+                    if *left == 0 {
+                        self.state = State::Header { have: 0 };
+                    }
+                    self.restart_stall_clock();
+                    return Poll::Ready(Ok(Some(self.pending.split_to(take))));
+                }
+            }
+        }
+    }
+
+    fn restart_stall_clock(&mut self) {
+        let at = tokio::time::Instant::now() + self.limits.stall;
+        self.stall.as_mut().reset(at);
+    }
+
+    fn stalled(&mut self, cx: &mut Context<'_>) -> bool {
+        matches!(self.state, State::Message { .. }) && self.stall.as_mut().poll(cx).is_ready()
+    }
+}
+
+impl Body for UploadBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        loop {
+            match ready!(this.advance(cx)) {
+                Ok(Some(bytes)) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
+                Ok(None) => {}
+                Err(status) => {
+                    this.monitor.note_end(UploadEnd::Broken);
+                    return Poll::Ready(Some(Err(status)));
+                }
+            }
+            match Pin::new(&mut this.inner).poll_frame(cx) {
+                Poll::Pending if this.stalled(cx) => {
+                    this.monitor.note_end(UploadEnd::Broken);
+                    let text = format!("a message made no progress for {:?} (setting upload_stall)", this.limits.stall);
+                    return Poll::Ready(Some(Err(Status::deadline_exceeded(text))));
+                }
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Some(Ok(frame))) => {
+                    this.end_stream |= this.inner.is_end_stream();
+                    match frame.into_data() {
+                        Ok(mut data) => this.pending = data.copy_to_bytes(data.remaining()),
+                        Err(_trailers) => this.end_stream = true,
+                    }
+                }
+                Poll::Ready(Some(Err(status))) => {
+                    this.monitor.note_end(UploadEnd::Broken);
+                    return Poll::Ready(Some(Err(status)));
+                }
+                Poll::Ready(None) => {
+                    this.end_stream |= this.inner.is_end_stream();
+                    this.note_end();
+                    return Poll::Ready(None);
+                }
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        false
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::default()
+    }
+}

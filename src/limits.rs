@@ -1,0 +1,105 @@
+//! Every bound of the daemon, a paragraph each, and the sum of INV-7.
+
+use crate::config::Config;
+use std::time::Duration;
+
+/// Messages up to this size are small: they share a tenth of the budget that big ones cannot take.
+/// Sized so that a 10 Hz topic with a few hundred columns still counts as small.
+pub(crate) const SMALL_MESSAGE_BYTES: u64 = 256 << 10;
+
+/// Heap that one array node of a batch costs beyond its data, in bytes.
+/// Measured: an IMU row of 220 data bytes and 50 nodes is 8.6 KB on the heap.
+pub(crate) const NODE_OVERHEAD_BYTES: u64 = 256;
+
+/// Items in the lane of one writer. A full lane makes the front wait, which is back-pressure as well;
+/// the memory behind the items is bounded by permits, this bounds only the queue itself.
+pub(crate) const WRITER_LANE_DEPTH: usize = 4096;
+
+/// Items in the committer's lane, over all writers and life-cycle changes.
+pub(crate) const COMMIT_LANE_DEPTH: usize = 4096;
+
+/// Most bytes in one grouped commit. Larger groups would delay every acknowledgement in them.
+pub(crate) const COMMIT_GROUP_BYTES_MAX: usize = 16 << 20;
+
+/// Messages a writer takes from its lane before it decides and lets others run.
+pub(crate) const GATHER_SLICE: usize = 64;
+
+/// Chunks of one writer between close and commit. More keep the device busy through commits; each
+/// holds its batches until it is durable.
+pub(crate) const FLUSHES_IN_FLIGHT_MAX: usize = 8;
+
+/// Time a writer may encode before it parks and lets the kernel have what was submitted.
+pub(crate) const ENCODE_SLICE: Duration = Duration::from_millis(2);
+
+/// Batches of one row gathered before they are joined into one array: each row alone costs
+/// [`NODE_OVERHEAD_BYTES`] a node.
+pub(crate) const COALESCE_PIECES: usize = 32;
+
+/// Pieces up to this size are joined; larger ones lose nothing by staying apart.
+pub(crate) const COALESCE_PIECE_BYTES: usize = 64 << 10;
+
+/// Jobs waiting for the reader or the steward thread.
+pub(crate) const SERVICE_LANE_DEPTH: usize = 1024;
+
+/// Longest part of a name (a sequence, or one element of a topic's path), in bytes: they become
+/// file names under `browse/`, and file systems stop there.
+pub(crate) const NAME_PART_BYTES_MAX: usize = 255;
+
+/// Longest locator, in bytes. Bounds a catalog key and the length of a path.
+pub(crate) const LOCATOR_BYTES_MAX: usize = 2048;
+
+/// Most bytes of user metadata, as JSON text. Bridges put whole schema definitions there (tens of kB).
+pub(crate) const USER_METADATA_BYTES_MAX: usize = 4 << 20;
+
+/// Rows in one outgoing batch's encoded size, in bytes; one row may exceed it.
+/// A half-read stream holds about this much: clients keep hundreds open.
+pub(crate) const OUTGOING_BATCH_BYTES: u64 = 2 << 20;
+
+/// Window of a connection: as large as HTTP/2 allows, so that streams are held by their own windows
+/// and an unread one never stops the others.
+pub(crate) const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
+
+/// HTTP/2 frames; 16 KiB, the default, halves ingest.
+pub(crate) const FRAME_BYTES: u32 = 1 << 20;
+
+/// Window of a stream at most; see [`stream_window_bytes`].
+pub(crate) const STREAM_WINDOW_BYTES_MAX: u64 = 2 << 20;
+/// Window of a stream at least.
+pub(crate) const STREAM_WINDOW_BYTES_MIN: u64 = 64 << 10;
+
+/// Attempts at writing one chunk, each into a new segment, before its stream ends with the cause.
+pub(crate) const CHUNK_ATTEMPTS_MAX: usize = 3;
+
+/// How long shutdown waits for open uploads before it ends them with their durable prefix.
+pub(crate) const SHUTDOWN_DRAIN: Duration = Duration::from_secs(5);
+
+/// The lower of 2 MiB and a 128th of the budget, at least 64 KiB (design.md section 8).
+pub(crate) fn stream_window_bytes(budget_bytes: u64) -> u32 {
+    let window = (budget_bytes / 128).clamp(STREAM_WINDOW_BYTES_MIN, STREAM_WINDOW_BYTES_MAX);
+    u32::try_from(window).unwrap_or(u32::MAX)
+}
+
+/// INV-7: what the process may hold whatever clients do, part by part, in bytes.
+pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
+    let writers = config.writers as u64;
+    let buffers = writers * storage::limits::RING_BUFFERS_PER_WRITER as u64 + 2 * storage::limits::RING_BUFFERS_PER_SERVICE as u64;
+    let receive = config.memory_budget_bytes - config.memory_budget_bytes / 4;
+    let decode = config.memory_budget_bytes / 4;
+    vec![
+        ("messages_and_batches", config.memory_budget_bytes),
+        // One request larger than its pool, admitted when the pool is empty.
+        ("oversized_message", config.message_bytes_max.saturating_sub(receive * 9 / 10)),
+        ("oversized_batch", config.batch_memory_max.saturating_sub(decode * 9 / 10)),
+        ("http2_windows", u64::from(config.stream_window_bytes) * u64::from(config.streams_max)),
+        // A field of many leaves is encoded beside itself; a page may be one whole value.
+        ("encode", writers * (config.chunk_bytes + config.message_bytes_max)),
+        ("ring_buffers", buffers * storage::limits::RING_BUFFER_BYTES as u64),
+        ("read_cache", config.read_cache_bytes),
+        ("outgoing", u64::from(config.streams_max) * OUTGOING_BATCH_BYTES / 8),
+        (
+            "catalog",
+            storage::limits::CATALOG_WRITE_BUFFER_BYTES as u64 * 2 + storage::limits::CATALOG_BLOCK_CACHE_BYTES as u64,
+        ),
+        ("program", 64 << 20),
+    ]
+}

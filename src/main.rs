@@ -1,0 +1,27 @@
+//! flightbox: an Arrow Flight ingest appliance for a single Linux node. ARCHITECTURE.md is the map.
+
+mod cli;
+mod config;
+mod daemon;
+mod flight;
+mod host;
+mod ingest;
+mod lifecycle;
+mod limits;
+mod stats;
+mod systemd;
+
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    match cli::run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("flightbox: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

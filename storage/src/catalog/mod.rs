@@ -1,0 +1,558 @@
+//! The catalog: every name, state and record, in RocksDB. The only room that names rocksdb.
+//!
+//! Guarantees: changes go through a [`Group`], which is one write batch, synced once, and there is
+//! one committer to make groups; readers see whole groups only. Within a group later changes see
+//! earlier ones ([`Txn`] reads through what is pending), so "check, then write" is atomic without
+//! a lock. Settings that decide the numbers are in [`Catalog::open`].
+
+pub mod keys;
+pub mod records;
+
+use crate::chunk::ChunkRecord;
+use crate::chunk::record::SkipRecord;
+use crate::error::{Result, StorageError};
+use crate::ids::{SequenceId, SessionId, TopicId, TopicNo};
+use crate::limits;
+use crate::tail::TailRun;
+use keys::Family;
+use records::{
+    DeletionRecord, SegmentRecord, SequenceRecord, SessionRecord, TopicRecord, TopicTotals, pack, unpack,
+};
+use rocksdb::{
+    BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode,
+    DBWithThreadMode, IteratorMode, MultiThreaded, Options, WriteBatch, WriteBufferManager, WriteOptions,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+type Db = DBWithThreadMode<MultiThreaded>;
+
+/// Reads of the catalog; cheap to clone.
+#[derive(Clone)]
+pub struct Catalog {
+    db: Arc<Db>,
+}
+
+impl std::fmt::Debug for Catalog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Catalog").finish_non_exhaustive()
+    }
+}
+
+fn failed(op: &'static str) -> impl FnOnce(rocksdb::Error) -> StorageError {
+    move |error| StorageError::Catalog { op, text: error.to_string() }
+}
+
+impl Catalog {
+    /// Opens or creates the catalog in `path`. `direct`: whether its file system takes `O_DIRECT`.
+    ///
+    /// # Errors
+    /// [`StorageError::Catalog`] with RocksDB's text.
+    pub fn open(path: &Path, direct: bool) -> Result<Self> {
+        let mut options = Options::default();
+        options.create_if_missing(true);
+        options.create_missing_column_families(true);
+        // One log for all families: bounded, synced per group, its blocks used again (legal only
+        // with point-in-time recovery), so that a synced commit does not grow a file.
+        options.set_max_total_wal_size(limits::CATALOG_WAL_BYTES_MAX);
+        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+        options.set_recycle_log_file_num(4);
+        options.set_keep_log_file_num(4);
+        options.set_max_background_jobs(2);
+        options.set_max_open_files(256);
+        // Flush and compaction past the page cache and rate-limited: otherwise ext4's journal drags
+        // their dirty pages into every durable write of a segment.
+        options.set_use_direct_io_for_flush_and_compaction(direct);
+        options.set_ratelimiter(64 << 20, 100_000, 10);
+        let buffers = WriteBufferManager::new_write_buffer_manager(limits::CATALOG_WRITE_BUFFER_BYTES, false);
+        options.set_write_buffer_manager(&buffers);
+        let cache = Cache::new_lru_cache(limits::CATALOG_BLOCK_CACHE_BYTES);
+        let families = Family::ALL.map(|family| ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache)));
+        let db = Db::open_cf_descriptors(&options, path, families).map_err(failed("open"))?;
+        Ok(Self { db: Arc::new(db) })
+    }
+
+    fn family(&self, family: Family) -> Result<Arc<BoundColumnFamily<'_>>> {
+        self.db
+            .cf_handle(family.name())
+            .ok_or(StorageError::Catalog { op: "open", text: format!("column family {} is missing", family.name()) })
+    }
+
+    /// Starts a group of changes. Only the committer does.
+    pub fn group(&self) -> Group {
+        Group { catalog: self.clone(), batch: WriteBatch::default(), overlay: BTreeMap::new(), gone: Vec::new() }
+    }
+}
+
+fn family_options(family: Family, cache: &Cache) -> Options {
+    let mut options = Options::default();
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(cache);
+    table.set_bloom_filter(10.0, false);
+    options.set_block_based_table_factory(&table);
+    match family {
+        // The tail lives for seconds: small memtables, nothing compressed.
+        Family::Tail => {
+            options.set_write_buffer_size(8 << 20);
+            options.set_compression_type(DBCompressionType::None);
+        }
+        _ => {
+            options.set_write_buffer_size(8 << 20);
+            options.set_compression_type(DBCompressionType::Lz4);
+        }
+    }
+    options
+}
+
+/// Key and value.
+pub type Pair = (Vec<u8>, Vec<u8>);
+
+/// Reading, of the catalog as it is or as it is about to be.
+pub trait Look {
+    /// The value of a key.
+    ///
+    /// # Errors
+    /// When RocksDB cannot read.
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>>;
+
+    /// Pairs from `from` on, in order, while the key starts with `prefix`.
+    ///
+    /// # Errors
+    /// When RocksDB cannot read.
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()>;
+
+    /// A record, unpacked.
+    ///
+    /// # Errors
+    /// When it cannot be read or does not decode.
+    fn record<T: DeserializeOwned>(&self, family: Family, key: &[u8]) -> Result<Option<T>> {
+        self.get(family, key)?.map(|bytes| unpack(family.name(), &bytes)).transpose()
+    }
+
+    /// All records under a prefix, in key order.
+    ///
+    /// # Errors
+    /// When one cannot be read or does not decode.
+    fn records<T: DeserializeOwned>(&self, family: Family, prefix: &[u8]) -> Result<Vec<T>> {
+        let mut out = Vec::new();
+        self.scan(family, prefix, prefix, &mut |_, value| {
+            out.push(unpack(family.name(), value)?);
+            Ok(true)
+        })?;
+        Ok(out)
+    }
+
+    /// The sequence of a name.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read; so for all that follow.
+    fn sequence_by_name(&self, name: &str) -> Result<Option<SequenceRecord>> {
+        match self.record::<SequenceId>(Family::Sequences, &keys::sequence_name(name))? {
+            Some(id) => self.sequence(id),
+            None => Ok(None),
+        }
+    }
+
+    /// The sequence of an id.
+    fn sequence(&self, id: SequenceId) -> Result<Option<SequenceRecord>> {
+        self.record(Family::Sequences, &keys::sequence(id))
+    }
+
+    /// All sequences, by name.
+    fn sequences(&self) -> Result<Vec<SequenceRecord>> {
+        let ids: Vec<SequenceId> = self.records(Family::Sequences, b"n")?;
+        ids.into_iter().filter_map(|id| self.sequence(id).transpose()).collect()
+    }
+
+    /// The session of an id.
+    fn session(&self, id: SessionId) -> Result<Option<SessionRecord>> {
+        self.record(Family::Sessions, &keys::session(id))
+    }
+
+    /// The session of a locator `sequence:ULID`.
+    fn session_by_locator(&self, locator: &str) -> Result<Option<SessionRecord>> {
+        match self.record::<SessionId>(Family::Sessions, &keys::session_locator(locator))? {
+            Some(id) => self.session(id),
+            None => Ok(None),
+        }
+    }
+
+    /// A sequence's sessions, oldest first.
+    fn sessions_of(&self, sequence: SequenceId) -> Result<Vec<SessionRecord>> {
+        let ids: Vec<SessionId> = self.records(Family::Sessions, &keys::sequence_sessions(sequence))?;
+        let mut sessions: Vec<SessionRecord> =
+            ids.into_iter().filter_map(|id| self.session(id).transpose()).collect::<Result<_>>()?;
+        sessions.sort_by(|a, b| (a.created_at_ns, &a.locator).cmp(&(b.created_at_ns, &b.locator)));
+        Ok(sessions)
+    }
+
+    /// The topic of a number.
+    fn topic(&self, no: TopicNo) -> Result<Option<TopicRecord>> {
+        self.record(Family::Topics, &keys::topic(no))
+    }
+
+    /// The topic of a locator `sequence/topic`.
+    fn topic_by_locator(&self, locator: &str) -> Result<Option<TopicRecord>> {
+        match self.record::<TopicNo>(Family::Topics, &keys::topic_locator(locator))? {
+            Some(no) => self.topic(no),
+            None => Ok(None),
+        }
+    }
+
+    /// The topic of a public id.
+    fn topic_by_id(&self, id: TopicId) -> Result<Option<TopicRecord>> {
+        match self.record::<TopicNo>(Family::Topics, &keys::topic_id(id))? {
+            Some(no) => self.topic(no),
+            None => Ok(None),
+        }
+    }
+
+    /// A sequence's topics, in the order they were created.
+    fn topics_of(&self, sequence: SequenceId) -> Result<Vec<TopicRecord>> {
+        let numbers: Vec<TopicNo> = self.records(Family::Topics, &keys::sequence_topics(sequence))?;
+        numbers.into_iter().filter_map(|no| self.topic(no).transpose()).collect()
+    }
+
+    /// What is durable of a topic.
+    fn totals(&self, no: TopicNo) -> Result<TopicTotals> {
+        Ok(self.record(Family::Topics, &keys::topic_totals(no))?.unwrap_or_default())
+    }
+
+    /// The writer's schema as an IPC message; `None` before the first DoPut.
+    fn topic_schema(&self, no: TopicNo) -> Result<Option<Vec<u8>>> {
+        self.get(Family::Topics, &keys::topic_schema(no))
+    }
+
+    /// A topic's chunks in row order.
+    fn chunks(&self, no: TopicNo) -> Result<Vec<ChunkRecord>> {
+        self.records(Family::Chunks, &keys::of_topic(no))
+    }
+
+    /// The statistics of a chunk.
+    fn skip(&self, no: TopicNo, first_row: u64) -> Result<Option<SkipRecord>> {
+        self.record(Family::Skip, &keys::chunk(no, first_row))
+    }
+
+    /// A topic's segments.
+    fn segments(&self, no: TopicNo) -> Result<Vec<SegmentRecord>> {
+        self.records(Family::Segments, &keys::of_topic(no))
+    }
+
+    /// The tail: runs from the committed end on, contiguous. Anything below is garbage of a crash
+    /// or of a chunk committed meanwhile; anything behind a hole was never acknowledged.
+    fn tail(&self, no: TopicNo, end_batch: u64) -> Result<Vec<TailRun>> {
+        let mut runs: Vec<TailRun> = Vec::new();
+        let mut next = end_batch;
+        self.scan(Family::Tail, &keys::of_topic(no), &keys::tail(no, end_batch), &mut |_, value| {
+            let run: TailRun = unpack("tail", value)?;
+            if run.first_batch != next {
+                return Ok(false);
+            }
+            next = run.end_batch();
+            runs.push(run);
+            Ok(true)
+        })?;
+        Ok(runs)
+    }
+
+    /// Deletions whose files may still be there.
+    fn deletions(&self) -> Result<Vec<DeletionRecord>> {
+        self.records(Family::Meta, b"d")
+    }
+}
+
+impl Look for Catalog {
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.db.get_cf(&self.family(family)?, key).map_err(failed("read"))
+    }
+
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+        let handle = self.family(family)?;
+        for pair in self.db.iterator_cf(&handle, IteratorMode::From(from, rocksdb::Direction::Forward)) {
+            let (key, value) = pair.map_err(failed("scan"))?;
+            if !key.starts_with(prefix) || !visit(&key, &value)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A consistent view: chunks and tail of a topic must be read under one.
+pub struct View<'a> {
+    catalog: &'a Catalog,
+    snapshot: rocksdb::SnapshotWithThreadMode<'a, Db>,
+}
+
+impl std::fmt::Debug for View<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("View")
+    }
+}
+
+impl Catalog {
+    /// The catalog as it is now, whatever is committed meanwhile.
+    pub fn view(&self) -> View<'_> {
+        View { catalog: self, snapshot: self.db.snapshot() }
+    }
+}
+
+impl Look for View<'_> {
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.snapshot.get_cf(&self.catalog.family(family)?, key).map_err(failed("read"))
+    }
+
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+        let handle = self.catalog.family(family)?;
+        for pair in self.snapshot.iterator_cf(&handle, IteratorMode::From(from, rocksdb::Direction::Forward)) {
+            let (key, value) = pair.map_err(failed("scan"))?;
+            if !key.starts_with(prefix) || !visit(&key, &value)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Changes that become durable together.
+pub struct Group {
+    catalog: Catalog,
+    batch: WriteBatch,
+    overlay: BTreeMap<(Family, Vec<u8>), Option<Vec<u8>>>,
+    /// Prefixes deleted as ranges in this group.
+    gone: Vec<(Family, Vec<u8>)>,
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Group").field("bytes", &self.batch.size_in_bytes()).finish_non_exhaustive()
+    }
+}
+
+enum Op {
+    Put(Family, Vec<u8>, Vec<u8>),
+    Delete(Family, Vec<u8>),
+    DeletePrefix(Family, Vec<u8>),
+    /// Keys from the first up to, not including, the second.
+    DeleteRange(Family, Vec<u8>, Vec<u8>),
+}
+
+impl Group {
+    /// Runs one change: all of its writes join the group, or none when it returns an error.
+    ///
+    /// # Errors
+    /// Whatever the change returns.
+    pub fn change<R, E: From<StorageError>>(&mut self, change: impl FnOnce(&mut Txn<'_>) -> Result<R, E>) -> Result<R, E> {
+        let mut txn = Txn { group: self, ops: Vec::new() };
+        let result = change(&mut txn)?;
+        let ops = std::mem::take(&mut txn.ops);
+        for op in ops {
+            self.absorb(op)?;
+        }
+        Ok(result)
+    }
+
+    /// Bytes gathered so far.
+    pub fn size_bytes(&self) -> usize {
+        self.batch.size_in_bytes()
+    }
+
+    /// Whether nothing was changed.
+    pub fn is_empty(&self) -> bool {
+        self.batch.is_empty()
+    }
+
+    /// Makes the group durable: one write, one sync.
+    ///
+    /// # Errors
+    /// [`StorageError::Catalog`]; whether the group is durable is then unknown, and nothing of it
+    /// may be acknowledged.
+    pub fn commit(self) -> Result<()> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let mut options = WriteOptions::default();
+        options.set_sync(true);
+        self.catalog.db.write_opt(self.batch, &options).map_err(failed("commit"))
+    }
+
+    fn absorb(&mut self, op: Op) -> Result<()> {
+        match op {
+            Op::Put(family, key, value) => {
+                self.batch.put_cf(&self.catalog.family(family)?, &key, &value);
+                self.overlay.insert((family, key), Some(value));
+            }
+            Op::Delete(family, key) => {
+                self.batch.delete_cf(&self.catalog.family(family)?, &key);
+                self.overlay.insert((family, key), None);
+            }
+            Op::DeletePrefix(family, prefix) => {
+                if let Some(end) = keys::after_prefix(&prefix) {
+                    self.batch.delete_range_cf(&self.catalog.family(family)?, prefix.as_slice(), end.as_slice());
+                }
+                self.overlay.retain(|(of, key), _| *of != family || !key.starts_with(&prefix));
+                self.gone.push((family, prefix));
+            }
+            Op::DeleteRange(family, from, to) => {
+                self.batch.delete_range_cf(&self.catalog.family(family)?, from.as_slice(), to.as_slice());
+            }
+        }
+        Ok(())
+    }
+
+    fn is_gone(&self, family: Family, key: &[u8]) -> bool {
+        self.gone.iter().any(|(of, prefix)| *of == family && key.starts_with(prefix))
+    }
+}
+
+impl Look for Group {
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        match self.overlay.get(&(family, key.to_vec())) {
+            Some(pending) => Ok(pending.clone()),
+            None if self.is_gone(family, key) => Ok(None),
+            None => self.catalog.get(family, key),
+        }
+    }
+
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+        let mut pairs = BTreeMap::new();
+        self.catalog.scan(family, prefix, from, &mut |key, value| {
+            if !self.is_gone(family, key) {
+                pairs.insert(key.to_vec(), value.to_vec());
+            }
+            Ok(true)
+        })?;
+        let start = (family, from.to_vec());
+        for ((of, key), value) in self.overlay.range(start..) {
+            if *of != family || !key.starts_with(prefix) {
+                break;
+            }
+            match value {
+                Some(value) => pairs.insert(key.clone(), value.clone()),
+                None => pairs.remove(key),
+            };
+        }
+        for (key, value) in &pairs {
+            if !visit(key, value)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One change of a group. Check first, then write: reads do not see the change's own writes.
+pub struct Txn<'a> {
+    group: &'a Group,
+    ops: Vec<Op>,
+}
+
+impl std::fmt::Debug for Txn<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Txn").field("ops", &self.ops.len()).finish_non_exhaustive()
+    }
+}
+
+impl Look for Txn<'_> {
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.group.get(family, key)
+    }
+
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+        self.group.scan(family, prefix, from, visit)
+    }
+}
+
+impl Txn<'_> {
+    /// Writes a record.
+    ///
+    /// # Errors
+    /// When it cannot be packed; so for all that follow.
+    pub fn put<T: Serialize>(&mut self, family: Family, key: Vec<u8>, value: &T) -> Result<()> {
+        self.ops.push(Op::Put(family, key, pack(value)?));
+        Ok(())
+    }
+
+    /// Writes raw bytes.
+    pub fn put_bytes(&mut self, family: Family, key: Vec<u8>, value: Vec<u8>) {
+        self.ops.push(Op::Put(family, key, value));
+    }
+
+    /// Removes a key.
+    pub fn delete(&mut self, family: Family, key: Vec<u8>) {
+        self.ops.push(Op::Delete(family, key));
+    }
+
+    /// The next topic number, taken.
+    pub fn take_topic_no(&mut self) -> Result<TopicNo> {
+        let no: u64 = self.record(Family::Meta, keys::NEXT_TOPIC)?.unwrap_or(1);
+        self.put(Family::Meta, keys::NEXT_TOPIC.to_vec(), &(no + 1))?;
+        Ok(TopicNo(no))
+    }
+
+    /// Writes a sequence and its name.
+    pub fn put_sequence(&mut self, record: &SequenceRecord) -> Result<()> {
+        self.put(Family::Sequences, keys::sequence(record.id), record)?;
+        self.put(Family::Sequences, keys::sequence_name(&record.name), &record.id)
+    }
+
+    /// Writes a session and the ways to it.
+    pub fn put_session(&mut self, record: &SessionRecord) -> Result<()> {
+        self.put(Family::Sessions, keys::session(record.id), record)?;
+        self.put(Family::Sessions, keys::session_locator(&record.locator), &record.id)?;
+        self.put(Family::Sessions, keys::sequence_session(record.sequence, record.id), &record.id)
+    }
+
+    /// Writes a topic and the ways to it.
+    pub fn put_topic(&mut self, record: &TopicRecord) -> Result<()> {
+        self.put(Family::Topics, keys::topic(record.no), record)?;
+        self.put(Family::Topics, keys::topic_locator(&record.locator), &record.no)?;
+        self.put(Family::Topics, keys::topic_id(record.id), &record.no)?;
+        self.put(Family::Topics, keys::sequence_topic(record.sequence, record.no), &record.no)
+    }
+
+    /// Writes a chunk with its statistics and drops the tail it replaces.
+    pub fn put_chunk(&mut self, no: TopicNo, record: &ChunkRecord, skip: &SkipRecord) -> Result<()> {
+        self.put(Family::Chunks, keys::chunk(no, record.first_row), record)?;
+        self.put(Family::Skip, keys::chunk(no, record.first_row), skip)?;
+        let from = keys::tail(no, record.first_batch);
+        let to = keys::tail(no, record.end_batch);
+        if from < to {
+            self.ops.push(Op::DeleteRange(Family::Tail, from, to));
+        }
+        Ok(())
+    }
+
+    /// Removes a topic with everything of it.
+    pub fn delete_topic(&mut self, record: &TopicRecord) {
+        for key in [
+            keys::topic(record.no),
+            keys::topic_totals(record.no),
+            keys::topic_schema(record.no),
+            keys::topic_locator(&record.locator),
+            keys::topic_id(record.id),
+            keys::sequence_topic(record.sequence, record.no),
+        ] {
+            self.delete(Family::Topics, key);
+        }
+        for family in [Family::Segments, Family::Chunks, Family::Skip, Family::Tail] {
+            self.ops.push(Op::DeletePrefix(family, keys::of_topic(record.no)));
+        }
+    }
+
+    /// Removes a session; its topics are removed one by one.
+    pub fn delete_session(&mut self, record: &SessionRecord) {
+        self.delete(Family::Sessions, keys::session(record.id));
+        self.delete(Family::Sessions, keys::session_locator(&record.locator));
+        self.delete(Family::Sessions, keys::sequence_session(record.sequence, record.id));
+    }
+
+    /// Removes a sequence; its sessions and topics are removed one by one.
+    pub fn delete_sequence(&mut self, record: &SequenceRecord) {
+        self.delete(Family::Sequences, keys::sequence(record.id));
+        self.delete(Family::Sequences, keys::sequence_name(&record.name));
+    }
+}

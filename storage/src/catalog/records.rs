@@ -1,0 +1,169 @@
+//! Values of the catalog. Packed with `postcard`; fields are only ever added behind the last one
+//! together with a new format version.
+
+use crate::chunk::Format;
+use crate::error::{Result, StorageError};
+use crate::ids::{SegmentId, SequenceId, SessionId, TopicId, TopicNo};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// One recording.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SequenceRecord {
+    /// Its id; in v0 also the key to write it.
+    pub id: SequenceId,
+    /// Its unique name.
+    pub name: String,
+    /// JSON object text.
+    pub user_metadata: String,
+    /// Nanoseconds since 1970.
+    pub created_at_ns: i64,
+    /// The hidden session of a v0 sequence; `None` for the session protocol.
+    pub v0_session: Option<SessionId>,
+}
+
+/// One upload into a sequence.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionRecord {
+    /// Its id: the key to create topics in it and to finalize it.
+    pub id: SessionId,
+    /// `sequence:ULID`.
+    pub locator: String,
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// Nanoseconds since 1970.
+    pub created_at_ns: i64,
+    /// When it was finalized; `None` while open.
+    pub completed_at_ns: Option<i64>,
+}
+
+/// One stream of rows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicRecord {
+    /// Its number (generation).
+    pub no: TopicNo,
+    /// Its id: the key for its one DoPut.
+    pub id: TopicId,
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// The session it was created in.
+    pub session: SessionId,
+    /// `sequence/topic…`.
+    pub locator: String,
+    /// What its rows mean.
+    pub ontology_tag: String,
+    /// How they are stored.
+    pub format: Format,
+    /// JSON object text.
+    pub user_metadata: String,
+    /// Nanoseconds since 1970.
+    pub created_at_ns: i64,
+    /// When it was locked; `None` while it can be written.
+    pub completed_at_ns: Option<i64>,
+}
+
+/// What is durable of a topic.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicTotals {
+    /// Chunks committed.
+    pub chunks: u64,
+    /// Rows in chunks and tail.
+    pub rows: u64,
+    /// Batches in chunks and tail.
+    pub batches: u64,
+    /// Their weight before encoding, in bytes.
+    pub data_bytes: u64,
+    /// Row group bytes on disk, without padding and trailers.
+    pub stored_bytes: u64,
+    /// Smallest and largest time.
+    pub time: Option<(i64, i64)>,
+    /// Batches in chunks.
+    pub chunk_batches: u64,
+    /// Rows in chunks.
+    pub chunk_rows: u64,
+}
+
+impl TopicTotals {
+    /// Widens the interval.
+    pub fn widen(&mut self, time: Option<(i64, i64)>) {
+        self.time = match (self.time, time) {
+            (Some((a, b)), Some((c, d))) => Some((a.min(c), b.max(d))),
+            (one, other) => one.or(other),
+        };
+    }
+}
+
+/// One segment file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SegmentRecord {
+    /// Number within the topic.
+    pub no: u32,
+    /// Identity, bound into the checksums.
+    pub id: SegmentId,
+    /// How many times the file was used before.
+    pub epoch: u32,
+    /// End of the last committed chunk.
+    pub end_offset: u64,
+    /// Length with footer, once sealed.
+    pub sealed_length: Option<u64>,
+}
+
+/// Files that a deletion still has to remove.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeletionRecord {
+    /// The ticket in the key.
+    pub ticket: [u8; 16],
+    /// Folders, relative to the data directory.
+    pub folders: Vec<String>,
+}
+
+/// Packs a value.
+///
+/// # Errors
+/// When a value cannot be serialised, which would be a bug in its type.
+pub fn pack<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    postcard::to_stdvec(value).map_err(|error| StorageError::Decode { what: "catalog value", text: error.to_string() })
+}
+
+/// Unpacks a value.
+///
+/// # Errors
+/// [`StorageError::Decode`] when the bytes are not such a value.
+pub fn unpack<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T> {
+    postcard::from_bytes(bytes).map_err(|error| StorageError::Decode { what, text: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunk::{ChunkRecord, ColumnRecord};
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn totals_survive_packing(rows: u64, batches: u64, first: i64, last: i64) {
+            let totals = TopicTotals { rows, batches, time: Some((first, last)), ..TopicTotals::default() };
+            let back: TopicTotals = unpack("totals", &pack(&totals).expect("pack")).expect("unpack");
+            prop_assert_eq!(back, totals);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
+            let _topic: Result<TopicRecord> = unpack("topic", &bytes);
+            let _chunk: Result<ChunkRecord> = unpack("chunk", &bytes);
+        }
+    }
+
+    #[test]
+    fn a_column_costs_at_most_24_bytes() {
+        let column = ColumnRecord {
+            encoded_bytes: 16 << 20,
+            plain_bytes: 16 << 20,
+            values: 1 << 20,
+            encodings: 1 << 9,
+            codec: 7,
+            crc: u32::MAX,
+        };
+        assert!(pack(&column).expect("pack").len() <= 24);
+    }
+}

@@ -1,0 +1,90 @@
+//! From batches to the bytes of one Parquet row group, and back.
+//!
+//! [`encode`] makes the bytes, [`stats`] the typed statistics, [`hash`] the identity of a batch,
+//! [`record`] what the catalog keeps of a chunk, [`decode`] the way back. All of it is CPU work on
+//! values: no file, no offset in a file, no thread.
+
+pub mod decode;
+pub mod encode;
+pub mod hash;
+pub mod record;
+pub mod stats;
+
+pub use encode::{ChunkEncoder, Compression, Format, Piece, TopicEncoder};
+pub use record::{BatchMark, ChunkRecord, ColumnRecord};
+
+use crate::error::{Result, StorageError};
+use crate::schema::{TopicSchema, sample_batch};
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use bytes::Bytes;
+
+/// Weight of a batch as it will be encoded, in bytes: sliced values, offsets and validity.
+pub fn data_bytes(batch: &RecordBatch) -> u64 {
+    use arrow::array::Array;
+    batch
+        .columns()
+        .iter()
+        .map(|column| column.to_data().get_slice_memory_size().unwrap_or_else(|_| column.get_array_memory_size()) as u64)
+        .sum()
+}
+
+/// Sends an empty and a small batch of the schema through encode and decode (design.md section 5).
+///
+/// # Errors
+/// [`StorageError::Unstorable`] naming the first field that does not come back equal.
+pub(crate) fn prove_round_trip(schema: &TopicSchema) -> Result<()> {
+    for rows in [0, 2] {
+        let sent = sample_batch(&schema.wire, rows)
+            .map_err(|error| unstorable(schema, 0, &format!("no sample of it can be made: {error}")))?;
+        let stored = schema.to_stored(&sent)?;
+        let back = round_trip(&schema.stored, &stored).map_err(|error| name_culprit(schema, rows, &error))?;
+        let back = schema.to_wire(&back)?;
+        for (index, (sent, back)) in sent.columns().iter().zip(back.columns()).enumerate() {
+            if sent.data_type() != back.data_type() || sent != back {
+                return Err(unstorable(schema, index, "Parquet gives it back changed"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Parquet's errors name no field: try the columns one by one.
+fn name_culprit(schema: &TopicSchema, rows: usize, error: &StorageError) -> StorageError {
+    for (index, field) in schema.stored.fields().iter().enumerate() {
+        let alone: SchemaRef = std::sync::Arc::new(arrow::datatypes::Schema::new(vec![std::sync::Arc::clone(field)]));
+        let tried = sample_batch(&alone, rows).and_then(|batch| round_trip(&alone, &batch));
+        if let Err(error) = tried {
+            return unstorable(schema, index, &error.to_string());
+        }
+    }
+    unstorable(schema, 0, &error.to_string())
+}
+
+fn unstorable(schema: &TopicSchema, column: usize, why: &str) -> StorageError {
+    let field = schema.wire.field(column);
+    StorageError::Unstorable {
+        field: field.name().clone(),
+        data_type: field.data_type().to_string(),
+        why: why.to_owned(),
+    }
+}
+
+fn round_trip(stored: &SchemaRef, batch: &RecordBatch) -> Result<RecordBatch> {
+    let encoder = TopicEncoder::new(stored, Format::Default, Compression::None)?;
+    let batches = [batch.clone()];
+    let mut chunk = encoder.begin(&batches)?;
+    let mut bytes = Vec::new();
+    let mut columns = Vec::new();
+    while let Some(pieces) = chunk.step()? {
+        for piece in pieces {
+            match piece {
+                Piece::Page(page) => bytes.extend_from_slice(&page),
+                Piece::ColumnEnd(column) => columns.push(column),
+            }
+        }
+    }
+    let chunk = decode::ChunkBytes { base: 0, bytes: Bytes::from(bytes) };
+    let decoded = decode::decode(stored, encoder.descriptor(), &columns, batch.num_rows() as u64, chunk)?;
+    Ok(arrow::compute::concat_batches(stored, &decoded)?)
+}

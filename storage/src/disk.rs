@@ -1,0 +1,154 @@
+//! The seam between what is written and how. Everything that touches a file of a recording goes
+//! through [`Disk`]; its implementations are `uring` (the real one), `posix` (where io_uring is
+//! not to be had) and, in tests, disks that misbehave by stated rules.
+//!
+//! A `Disk` belongs to one thread and is not `Send`: its operations are futures of that thread's
+//! runtime. Buffers are given away with an operation and come back with its result, also on failure.
+
+use std::future::Future;
+use std::io;
+use std::ops::DerefMut;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Whether a write must be on stable media when it completes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// A later [`Disk::sync`] makes it durable.
+    Later,
+    /// The write itself is durable when it completes (`RWF_DSYNC`).
+    Now,
+}
+
+/// Which implementation is at work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// io_uring through tokio-uring.
+    Uring,
+    /// Plain system calls.
+    Posix,
+}
+
+impl Engine {
+    /// The name shown by `info` and in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uring => "uring",
+            Self::Posix => "posix",
+        }
+    }
+}
+
+/// What a disk can do on this machine, found out at start (see `uring::probe`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskState {
+    /// The engine in use.
+    pub engine: Engine,
+    /// Whether files are opened with `O_DIRECT`.
+    pub direct: bool,
+    /// Whether ring buffers may be registered with the kernel.
+    pub registered: bool,
+    /// Why one of them is not what one would wish, with the remedy.
+    pub notes: Vec<String>,
+}
+
+/// One thread's way to the files.
+pub trait Disk: Clone + 'static {
+    /// An open file; clones share the descriptor.
+    type File: Clone + 'static;
+    /// A block-aligned buffer of [`crate::limits::RING_BUFFER_BYTES`] from this disk's pool.
+    type Buf: DerefMut<Target = [u8]> + 'static;
+
+    /// Waits for a free buffer. The pool is bounded: this is where encoding waits for the device.
+    fn buffer(&self) -> impl Future<Output = Self::Buf>;
+    /// Whether the buffers are registered with the kernel.
+    fn registered(&self) -> bool;
+    /// Creates a file that must not exist yet, for direct writes where the state allows.
+    fn create(&self, path: &Path) -> impl Future<Output = io::Result<Self::File>>;
+    /// Opens an existing file for reading and writing.
+    fn open(&self, path: &Path) -> impl Future<Output = io::Result<Self::File>>;
+    /// Writes the first `len` bytes at `at`; both are multiples of the block size.
+    fn write(
+        &self,
+        file: &Self::File,
+        buf: Self::Buf,
+        len: usize,
+        at: u64,
+        durability: Durability,
+    ) -> impl Future<Output = (io::Result<()>, Self::Buf)> + 'static;
+    /// Reads up to `len` bytes at `at` (block multiples), fewer only at the end of the file.
+    fn read(
+        &self,
+        file: &Self::File,
+        buf: Self::Buf,
+        len: usize,
+        at: u64,
+    ) -> impl Future<Output = (io::Result<usize>, Self::Buf)> + 'static;
+    /// Makes the data written so far durable (fdatasync).
+    fn sync(&self, file: &Self::File) -> impl Future<Output = io::Result<()>> + 'static;
+    /// Reserves blocks and sets the size (fallocate mode 0, never `KEEP_SIZE`).
+    fn allocate(&self, file: &Self::File, from: u64, length: u64) -> impl Future<Output = io::Result<()>>;
+    /// Cuts the file and makes the new size durable (ftruncate, fsync).
+    fn truncate(&self, file: &Self::File, length: u64) -> impl Future<Output = io::Result<()>>;
+    /// Makes a folder; one that is there already is fine.
+    fn make_dir(&self, path: &Path) -> impl Future<Output = io::Result<()>>;
+    /// Makes the names in a folder durable.
+    fn sync_dir(&self, path: &Path) -> impl Future<Output = io::Result<()>>;
+    /// Gives a file a second name; one that is there already is fine.
+    fn link(&self, from: &Path, to: &Path) -> impl Future<Output = io::Result<()>>;
+    /// Removes a folder and all below it; one that is not there is fine.
+    fn remove_dir(&self, path: &Path) -> impl Future<Output = io::Result<()>>;
+    /// Lets the kernel have what was submitted and lets other tasks of the thread run: a writer
+    /// calls it at least once per slice of work.
+    fn breathe(&self) -> impl Future<Output = ()>;
+}
+
+/// Makes `path` and every missing folder above it below `root`, durably, parents first.
+///
+/// # Errors
+/// The first that the system reports.
+pub async fn make_dirs<D: Disk>(disk: &D, root: &Path, path: &Path) -> io::Result<()> {
+    let mut missing = Vec::new();
+    let mut at = Some(path);
+    while let Some(dir) = at.filter(|dir| *dir != root && !dir.is_dir()) {
+        missing.push(dir.to_owned());
+        at = dir.parent();
+    }
+    for dir in missing.iter().rev() {
+        disk.make_dir(dir).await?;
+        if let Some(parent) = dir.parent() {
+            disk.sync_dir(parent).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that went to files of recordings, by what they were for.
+#[derive(Debug, Default)]
+pub struct IoCounters {
+    /// Row groups that were committed.
+    pub chunk: AtomicU64,
+    /// Zeros up to the next block.
+    pub padding: AtomicU64,
+    /// Chunk trailers.
+    pub trailer: AtomicU64,
+    /// Parquet heads and footers with their padding.
+    pub footer: AtomicU64,
+    /// Row groups written again, or never committed.
+    pub rewrite: AtomicU64,
+    /// Bytes read back.
+    pub read: AtomicU64,
+}
+
+impl IoCounters {
+    /// Shared by all rings.
+    pub fn shared() -> Arc<Self> {
+        Arc::new(Self::default())
+    }
+
+    /// Adds to one counter.
+    pub fn add(counter: &AtomicU64, bytes: u64) {
+        counter.fetch_add(bytes, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,23 @@
+//! Bytes that survive: segments, chunks, the catalog and what becomes of them after a crash.
+//!
+//! Knows Arrow schemas and `RecordBatch`es. Knows no socket, no gRPC, no client (INV-11).
+//! The way down, in the order a chunk takes it: [`schema`] (what can be stored) →
+//! [`chunk`] (encode, statistics, checksums) → [`segment`] (offsets, trailers, footers) →
+//! [`disk`] (aligned writes) → [`catalog`] (the synced commit). The way back up is [`read`].
+
+pub mod catalog;
+pub mod chunk;
+pub mod disk;
+pub mod error;
+pub mod ids;
+pub mod limits;
+pub mod posix;
+pub mod read;
+pub mod recover;
+pub mod schema;
+pub mod segment;
+pub mod tail;
+pub mod uring;
+pub mod write;
+
+pub use error::StorageError;

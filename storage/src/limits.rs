@@ -1,0 +1,47 @@
+//! Every bound of the storage crate, with what it protects and what it was sized against.
+
+/// Alignment of every chunk, buffer and direct write, in bytes.
+/// The largest logical block size in use today; the device's own `dio_offset_align` (statx) may be
+/// smaller, never larger, or the direct engine is not used.
+pub const BLOCK_BYTES: u64 = 4096;
+
+/// Size of one ring buffer, in bytes. A direct write carries at most this much.
+/// Smaller: more system calls a chunk. Larger: the slice that a writer encodes without parking grows.
+pub const RING_BUFFER_BYTES: usize = 1 << 20;
+
+/// Ring buffers of one writer thread. Bounds the bytes under way to the device.
+/// Sized against queue depth 8 to 16 at 1 MiB, where the measured disk is saturated.
+pub const RING_BUFFERS_PER_WRITER: usize = 16;
+
+/// Ring buffers of the reader and of the steward thread each.
+pub const RING_BUFFERS_PER_SERVICE: usize = 8;
+
+/// Submission queue entries of one ring: more than all its buffers plus syncs and file operations.
+pub const RING_ENTRIES: u32 = 256;
+
+/// Most bytes of a chunk trailer that recovery will read. Bounds an allocation made from a length on disk.
+pub const TRAILER_BYTES_MAX: u64 = 64 << 20;
+
+/// Largest uncompressed page aimed at, in bytes. A single larger value makes its own page.
+pub const PAGE_BYTES: usize = 1 << 20;
+
+/// Longest text kept as a minimum or maximum in the skip index, in bytes; longer ones are cut and marked inexact.
+pub const TEXT_BOUND_BYTES: usize = 64;
+
+/// Nesting depth of a schema. Bounds recursion over types that came from outside.
+pub const SCHEMA_DEPTH_MAX: usize = 64;
+
+/// Leaf columns of a schema. Bounds encoder memory and the size of a chunk record.
+pub const SCHEMA_LEAVES_MAX: usize = 4096;
+
+/// Most bytes the catalog's memtables hold together (RocksDB's write buffer manager).
+pub const CATALOG_WRITE_BUFFER_BYTES: usize = 48 << 20;
+
+/// The catalog's block cache, in bytes.
+pub const CATALOG_BLOCK_CACHE_BYTES: usize = 32 << 20;
+
+/// Write-ahead log kept before families are flushed to let go of it, in bytes.
+pub const CATALOG_WAL_BYTES_MAX: u64 = 256 << 20;
+
+const _: () = assert!(RING_BUFFER_BYTES as u64 % BLOCK_BYTES == 0);
+const _: () = assert!(RING_ENTRIES as usize >= 4 * RING_BUFFERS_PER_WRITER);

@@ -1,0 +1,357 @@
+//! What a topic's rows look like on the wire and on disk, and the way between the two.
+//!
+//! The writer's schema is kept to the letter and is what goes out again. On disk two things
+//! differ: dictionaries are stored as their values (two dictionaries in one row group overflow a
+//! small key type on read), and a struct without fields gets a hidden one (Parquet has no empty
+//! group). Everything else Parquet gives back as it came, and [`TopicSchema::check`] proves it for
+//! each new schema by sending an empty and a small batch through encode and decode.
+
+use crate::error::{Result, StorageError};
+use crate::limits;
+use arrow::array::{Array, ArrayData, ArrayRef, BooleanArray, RecordBatch, layout, make_array};
+use arrow::buffer::Buffer;
+use arrow::datatypes::{DataType, Field, FieldRef, Fields, IntervalUnit, Schema, SchemaRef};
+use std::sync::Arc;
+
+/// The column every topic must have: receive or sensor time in nanoseconds since 1970, int64.
+pub const TIME_COLUMN: &str = "timestamp_ns";
+
+/// Name of the child that an empty struct gets on disk.
+const EMPTY_STRUCT_CHILD: &str = "__flightbox_empty";
+
+/// A checked schema: what comes in, what lies on disk, where the time is.
+#[derive(Debug, Clone)]
+pub struct TopicSchema {
+    /// The writer's own schema, which is also the outgoing one.
+    pub wire: SchemaRef,
+    /// The schema of the Parquet files.
+    pub stored: SchemaRef,
+    /// Index of [`TIME_COLUMN`] among the top-level columns.
+    pub time_column: usize,
+    /// Number of leaf columns of the stored schema.
+    pub leaves: usize,
+}
+
+impl TopicSchema {
+    /// Accepts a schema that can be stored and given back unchanged; names the field otherwise.
+    ///
+    /// # Errors
+    /// [`StorageError::Unstorable`] with the first field that does not come back as it went in.
+    pub fn check(wire: SchemaRef) -> Result<Self> {
+        let schema = Self::derive(wire)?;
+        crate::chunk::prove_round_trip(&schema)?;
+        Ok(schema)
+    }
+
+    /// The same without the proof, for a schema that passed it once and comes from the catalog.
+    ///
+    /// # Errors
+    /// As [`Self::check`], for what can be told from the types alone.
+    pub fn derive(wire: SchemaRef) -> Result<Self> {
+        let time_column = match wire.column_with_name(TIME_COLUMN) {
+            Some((index, field)) if field.data_type() == &DataType::Int64 => index,
+            Some((_, field)) => {
+                return Err(StorageError::Unstorable {
+                    field: TIME_COLUMN.to_owned(),
+                    data_type: field.data_type().to_string(),
+                    why: "the time column must be int64 nanoseconds".to_owned(),
+                });
+            }
+            None => {
+                return Err(StorageError::Unstorable {
+                    field: TIME_COLUMN.to_owned(),
+                    data_type: "(absent)".to_owned(),
+                    why: "every topic needs a top-level int64 column `timestamp_ns`".to_owned(),
+                });
+            }
+        };
+        for field in wire.fields() {
+            storable(field, field.name(), 0)?;
+        }
+        let fields: Fields = wire.fields().iter().map(stored_field).collect();
+        let leaves = fields.iter().map(|field| leaf_count(field.data_type())).sum();
+        if leaves > limits::SCHEMA_LEAVES_MAX {
+            return Err(StorageError::Unstorable {
+                field: "(schema)".to_owned(),
+                data_type: format!("{leaves} leaf columns"),
+                why: format!("at most {} leaf columns are taken", limits::SCHEMA_LEAVES_MAX),
+            });
+        }
+        Ok(Self { stored: Arc::new(Schema::new(fields)), wire, time_column, leaves })
+    }
+
+    /// A batch as it came, in the types of the files.
+    ///
+    /// # Errors
+    /// When a dictionary's values cannot be taken out.
+    pub fn to_stored(&self, batch: &RecordBatch) -> Result<RecordBatch> {
+        retype_batch(batch, &self.stored)
+    }
+
+    /// A batch from a file, in the writer's types.
+    ///
+    /// # Errors
+    /// When a dictionary's distinct values exceed its key type; the caller sends fewer rows at once.
+    pub fn to_wire(&self, batch: &RecordBatch) -> Result<RecordBatch> {
+        retype_batch(batch, &self.wire)
+    }
+}
+
+fn retype_batch(batch: &RecordBatch, target: &SchemaRef) -> Result<RecordBatch> {
+    let columns = batch
+        .columns()
+        .iter()
+        .zip(target.fields())
+        .map(|(column, field)| {
+            if column.data_type() == field.data_type() {
+                Ok(Arc::clone(column))
+            } else {
+                retype(column, field.data_type())
+            }
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let options = arrow::record_batch::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    Ok(RecordBatch::try_new_with_options(Arc::clone(target), columns, &options)?)
+}
+
+/// Rebuilds `array` as `target`, which differs from its type only by dictionaries, hidden struct
+/// children and the names and metadata of nested fields.
+fn retype(array: &ArrayRef, target: &DataType) -> Result<ArrayRef> {
+    if array.data_type() == target {
+        return Ok(Arc::clone(array));
+    }
+    match (array.data_type(), target) {
+        (DataType::Dictionary(_, _), _) => {
+            let DataType::Dictionary(_, values) = array.data_type() else { unreachable!("matched above") };
+            retype(&arrow::compute::cast(array, values)?, target)
+        }
+        (_, DataType::Dictionary(_, values)) => {
+            Ok(arrow::compute::cast(&retype(array, values)?, target)?)
+        }
+        (DataType::Struct(from), DataType::Struct(to)) if to.is_empty() || from.is_empty() => {
+            let children = if to.is_empty() {
+                Vec::new()
+            } else {
+                vec![BooleanArray::new_null(array.len()).into_data()]
+            };
+            let data = array.to_data();
+            let rebuilt = ArrayData::builder(target.clone())
+                .len(data.len())
+                .nulls(data.nulls().cloned())
+                .child_data(children)
+                .build()?;
+            Ok(make_array(rebuilt))
+        }
+        _ => {
+            let data = array.to_data();
+            let children = data
+                .child_data()
+                .iter()
+                .zip(child_types(target))
+                .map(|(child, child_type)| Ok(retype(&make_array(child.clone()), child_type)?.to_data()))
+                .collect::<Result<Vec<_>>>()?;
+            Ok(make_array(data.into_builder().data_type(target.clone()).child_data(children).build()?))
+        }
+    }
+}
+
+fn child_types(data_type: &DataType) -> Vec<&DataType> {
+    match data_type {
+        DataType::Struct(fields) => fields.iter().map(|field| field.data_type()).collect(),
+        DataType::List(field)
+        | DataType::LargeList(field)
+        | DataType::ListView(field)
+        | DataType::LargeListView(field)
+        | DataType::FixedSizeList(field, _)
+        | DataType::Map(field, _) => vec![field.data_type()],
+        _ => Vec::new(),
+    }
+}
+
+fn storable(field: &Field, path: &str, depth: usize) -> Result<()> {
+    let refuse = |why: &str| {
+        Err(StorageError::Unstorable {
+            field: path.to_owned(),
+            data_type: field.data_type().to_string(),
+            why: why.to_owned(),
+        })
+    };
+    if depth > limits::SCHEMA_DEPTH_MAX {
+        return refuse("the schema is nested too deeply");
+    }
+    match field.data_type() {
+        DataType::Union(_, _) => refuse("Parquet has no union"),
+        DataType::RunEndEncoded(_, _) => refuse("Parquet has no run-end encoding"),
+        DataType::Interval(IntervalUnit::MonthDayNano) => refuse("Parquet's interval has no nanoseconds"),
+        DataType::Dictionary(_, values) => {
+            storable(&Field::new("values", values.as_ref().clone(), true), &format!("{path}.values"), depth + 1)
+        }
+        DataType::Struct(fields) => {
+            fields.iter().try_for_each(|child| storable(child, &format!("{path}.{}", child.name()), depth + 1))
+        }
+        DataType::List(child)
+        | DataType::LargeList(child)
+        | DataType::ListView(child)
+        | DataType::LargeListView(child)
+        | DataType::FixedSizeList(child, _)
+        | DataType::Map(child, _) => storable(child, &format!("{path}.{}", child.name()), depth + 1),
+        _ => Ok(()),
+    }
+}
+
+fn stored_field(field: &FieldRef) -> FieldRef {
+    let stored = stored_type(field.data_type());
+    if &stored == field.data_type() { Arc::clone(field) } else { Arc::new(field.as_ref().clone().with_data_type(stored)) }
+}
+
+fn stored_type(data_type: &DataType) -> DataType {
+    match data_type {
+        DataType::Dictionary(_, values) => stored_type(values),
+        DataType::Struct(fields) if fields.is_empty() => {
+            DataType::Struct(Fields::from(vec![Field::new(EMPTY_STRUCT_CHILD, DataType::Boolean, true)]))
+        }
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(stored_field).collect()),
+        DataType::List(child) => DataType::List(stored_field(child)),
+        DataType::LargeList(child) => DataType::LargeList(stored_field(child)),
+        DataType::ListView(child) => DataType::ListView(stored_field(child)),
+        DataType::LargeListView(child) => DataType::LargeListView(stored_field(child)),
+        DataType::FixedSizeList(child, length) => DataType::FixedSizeList(stored_field(child), *length),
+        DataType::Map(child, sorted) => DataType::Map(stored_field(child), *sorted),
+        plain => plain.clone(),
+    }
+}
+
+fn leaf_count(data_type: &DataType) -> usize {
+    let children = child_types(data_type);
+    if children.is_empty() { 1 } else { children.into_iter().map(leaf_count).sum() }
+}
+
+/// Number of array nodes in a batch of this schema: each costs heap beyond its data.
+pub fn node_count(schema: &Schema) -> usize {
+    fn nodes(data_type: &DataType) -> usize {
+        1 + child_types(data_type).into_iter().map(nodes).sum::<usize>()
+    }
+    schema.fields().iter().map(|field| nodes(field.data_type())).sum()
+}
+
+/// A batch of `rows` rows of zeros, empty texts and empty lists: enough to try a schema out.
+pub(crate) fn sample_batch(schema: &SchemaRef, rows: usize) -> Result<RecordBatch> {
+    let columns = schema
+        .fields()
+        .iter()
+        .map(|field| Ok(make_array(sample_data(field.data_type(), rows)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let options = arrow::record_batch::RecordBatchOptions::new().with_row_count(Some(rows));
+    Ok(RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options)?)
+}
+
+fn sample_data(data_type: &DataType, rows: usize) -> Result<ArrayData> {
+    use arrow::array::BufferSpec;
+    let mut data = ArrayData::builder(data_type.clone()).len(rows);
+    for spec in layout(data_type).buffers {
+        let bytes = match spec {
+            // One entry more than rows: the buffer may hold offsets.
+            BufferSpec::FixedWidth { byte_width, .. } => (rows + 1) * byte_width,
+            BufferSpec::BitMap => rows.div_ceil(8),
+            BufferSpec::VariableWidth | BufferSpec::AlwaysNull => 0,
+        };
+        data = data.add_buffer(Buffer::from(vec![0_u8; bytes]));
+    }
+    match data_type {
+        DataType::Struct(fields) => {
+            for field in fields {
+                data = data.add_child_data(sample_data(field.data_type(), rows)?);
+            }
+        }
+        DataType::FixedSizeList(field, length) => {
+            let length = usize::try_from(*length).unwrap_or(0);
+            data = data.add_child_data(sample_data(field.data_type(), rows * length)?);
+        }
+        DataType::Dictionary(_, values) => data = data.add_child_data(sample_data(values, 1)?),
+        other => {
+            for child in child_types(other) {
+                data = data.add_child_data(sample_data(child, 0)?);
+            }
+        }
+    }
+    Ok(data.align_buffers(true).build()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::array::{DictionaryArray, Int64Array};
+    use arrow::datatypes::{Int8Type, UnionFields, UnionMode};
+
+    fn with_time(fields: Vec<Field>) -> SchemaRef {
+        let mut all = vec![Field::new(TIME_COLUMN, DataType::Int64, false)];
+        all.extend(fields);
+        Arc::new(Schema::new(all))
+    }
+
+    #[track_caller]
+    fn check_refused(field: Field, names: &str) {
+        let error = TopicSchema::check(with_time(vec![field])).expect_err("must be refused");
+        assert!(error.to_string().contains(names), "{error}");
+    }
+
+    #[test]
+    fn a_schema_without_time_is_refused_naming_the_column() {
+        let schema = Arc::new(Schema::new(vec![Field::new("x", DataType::Int64, false)]));
+        let error = TopicSchema::check(schema).expect_err("must be refused");
+        assert!(error.to_string().contains("`timestamp_ns`"), "{error}");
+    }
+
+    #[test]
+    fn union_is_refused_naming_the_field() {
+        let union = DataType::Union(UnionFields::from_fields(vec![Field::new("a", DataType::Int8, true)]), UnionMode::Sparse);
+        check_refused(Field::new("choice", union, true), "`choice`");
+    }
+
+    #[test]
+    fn run_ends_are_refused_naming_the_field() {
+        let runs = DataType::RunEndEncoded(
+            Arc::new(Field::new("run_ends", DataType::Int32, false)),
+            Arc::new(Field::new("values", DataType::Int32, true)),
+        );
+        check_refused(Field::new("runs", runs, true), "`runs`");
+    }
+
+    #[test]
+    fn a_nested_month_day_nano_interval_is_refused_by_its_dotted_path() {
+        let inner = Field::new("span", DataType::Interval(IntervalUnit::MonthDayNano), true);
+        check_refused(Field::new("outer", DataType::Struct(Fields::from(vec![inner])), true), "`outer.span`");
+    }
+
+    #[test]
+    fn dictionaries_become_values_and_come_back_as_dictionaries() {
+        let dictionary = DataType::Dictionary(Box::new(DataType::Int8), Box::new(DataType::Utf8));
+        let wire = with_time(vec![Field::new("state", dictionary, true)]);
+        let schema = TopicSchema::check(Arc::clone(&wire)).expect("storable");
+        let states: DictionaryArray<Int8Type> = vec![Some("on"), None, Some("off")].into_iter().collect();
+        let batch = RecordBatch::try_new(
+            Arc::clone(&wire),
+            vec![Arc::new(Int64Array::from(vec![1, 2, 3])), Arc::new(states)],
+        )
+        .expect("batch");
+        let stored = schema.to_stored(&batch).expect("to stored");
+        assert_eq!(stored.column(1).data_type(), &DataType::Utf8);
+        assert_eq!(schema.to_wire(&stored).expect("to wire"), batch);
+    }
+
+    #[test]
+    fn an_empty_struct_survives_with_its_nulls() {
+        let wire = with_time(vec![Field::new("nothing", DataType::Struct(Fields::empty()), true)]);
+        let schema = TopicSchema::check(Arc::clone(&wire)).expect("storable");
+        let nothing = ArrayData::builder(DataType::Struct(Fields::empty()))
+            .len(2)
+            .nulls(Some(vec![true, false].into()))
+            .build()
+            .expect("data");
+        let batch = RecordBatch::try_new(wire, vec![Arc::new(Int64Array::from(vec![1, 2])), make_array(nothing)]).expect("batch");
+        let stored = schema.to_stored(&batch).expect("to stored");
+        let back = schema.to_wire(&stored).expect("to wire");
+        assert_eq!(back.column(1).null_count(), 1);
+        assert_eq!(back, batch);
+    }
+}

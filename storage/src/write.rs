@@ -1,0 +1,489 @@
+//! Stations 5 and 6: a chunk's rows to bytes in aligned buffers to their place in a segment.
+//!
+//! Order, and what is lost if it changes: a segment's head block, its name and its folders are
+//! durable before any of its chunks can be committed; a chunk's place is known only when the chunk
+//! before it is encoded, so encoding holds the segment, writing does not; a chunk counts as written
+//! when its bytes and its trailer are on stable media, and its record says where (INV-1).
+//!
+//! A write that failed poisons its segment: nothing goes there any more and what was not committed
+//! from it is encoded again, in order, into the next one. The rows are kept for that until commit,
+//! so ring buffers are only ever passing through.
+
+use crate::catalog::records::{SegmentRecord, TopicRecord};
+use crate::chunk::record::{ColumnRecord, SkipRecord, chunk_crc, column_crc_seed};
+use crate::chunk::{BatchMark, ChunkRecord, Piece, TopicEncoder, stats};
+use crate::disk::{Disk, Durability, IoCounters};
+use crate::error::{Result, StorageError};
+use crate::ids::{SegmentId, TopicId, TopicNo};
+use crate::limits::RING_BUFFER_BYTES;
+use crate::recover::create_segment;
+use crate::schema::TopicSchema;
+use crate::segment::{self, FIRST_CHUNK_OFFSET, Trailer};
+use arrow::array::RecordBatch;
+use std::cell::Cell;
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+
+/// What all segment writers of a thread share.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    /// Root of the recordings.
+    pub data_dir: PathBuf,
+    /// Size at which a segment is full.
+    pub segment_bytes: u64,
+    /// Most that may be preallocated and unused, over all segments of the program.
+    pub prealloc: Arc<PreallocBudget>,
+    /// Bytes by kind.
+    pub counters: Arc<IoCounters>,
+    /// How long encoding goes on before the thread parks.
+    pub encode_slice: Duration,
+}
+
+/// Unused preallocation of all open segments together.
+#[derive(Debug)]
+pub struct PreallocBudget {
+    bytes_max: u64,
+    unused: AtomicU64,
+}
+
+impl PreallocBudget {
+    /// A budget of `bytes_max`.
+    pub fn new(bytes_max: u64) -> Self {
+        Self { bytes_max, unused: AtomicU64::new(0) }
+    }
+
+    fn left(&self) -> u64 {
+        self.bytes_max.saturating_sub(self.unused.load(Ordering::Relaxed))
+    }
+
+    fn take(&self, bytes: u64) {
+        self.unused.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn give_back(&self, bytes: u64) {
+        self.unused.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// A closed chunk: rows of the stored schema with the numbers they carry.
+#[derive(Debug)]
+pub struct ChunkRows {
+    /// The rows in arrival order.
+    pub batches: Vec<RecordBatch>,
+    /// The batches as they came.
+    pub marks: Vec<BatchMark>,
+    /// First batch number.
+    pub first_batch: u64,
+    /// First row number.
+    pub first_row: u64,
+    /// Weight before encoding.
+    pub data_bytes: u64,
+    /// Smallest and largest time.
+    pub time: Option<(i64, i64)>,
+    /// Whether times never decrease.
+    pub time_sorted: bool,
+}
+
+impl ChunkRows {
+    fn rows(&self) -> u64 {
+        self.marks.iter().map(|mark| u64::from(mark.rows)).sum()
+    }
+}
+
+/// How many bytes to preallocate next; pure. `None`: nothing, the write extends the file.
+fn prealloc_step(allocated: u64, write_at: u64, chunk: u64, segment_bytes: u64, left: u64) -> Option<u64> {
+    let needed = (write_at + chunk).saturating_sub(allocated).next_multiple_of(1 << 20);
+    if needed == 0 || left < needed {
+        return None;
+    }
+    // Doubling with what was written: a slow topic reserves little, a fast one rarely asks.
+    let doubled = needed.max(write_at);
+    let room = segment_bytes.saturating_sub(allocated).max(needed);
+    Some(segment::block_ceil(doubled.min(room).min(left).max(needed)))
+}
+
+/// A topic's current segment.
+#[derive(Debug)]
+pub struct SegmentWriter<D: Disk> {
+    dir: PathBuf,
+    topic_id: TopicId,
+    current: Option<Current<D::File>>,
+    next_no: u32,
+    prealloc: Arc<PreallocBudget>,
+}
+
+#[derive(Debug)]
+struct Current<F> {
+    file: F,
+    path: PathBuf,
+    no: u32,
+    id: SegmentId,
+    write_at: u64,
+    allocated: u64,
+    poisoned: Rc<Cell<bool>>,
+}
+
+impl<D: Disk> Drop for SegmentWriter<D> {
+    fn drop(&mut self) {
+        self.retire();
+    }
+}
+
+/// A chunk whose bytes are all submitted.
+#[derive(Debug)]
+pub struct Pending<F> {
+    writes: Vec<JoinHandle<io::Result<()>>>,
+    file: F,
+    path: PathBuf,
+    poisoned: Rc<Cell<bool>>,
+    written: Written,
+    counters: Arc<IoCounters>,
+    kinds: [u64; 3],
+}
+
+/// A chunk on stable media.
+#[derive(Debug)]
+pub struct Written {
+    /// Where and what.
+    pub record: ChunkRecord,
+    /// Its statistics.
+    pub skip: SkipRecord,
+    /// Its segment, ending with this chunk.
+    pub segment: SegmentRecord,
+    poisoned: Rc<Cell<bool>>,
+    path: PathBuf,
+}
+
+impl Written {
+    /// The chunk, unless another write to its segment failed meanwhile.
+    ///
+    /// # Errors
+    /// When the segment is poisoned: the chunk is written again elsewhere.
+    pub fn unless_poisoned(self) -> Result<Self> {
+        if self.poisoned.get() {
+            let cause = io::Error::other("an earlier write to this segment failed");
+            return Err(StorageError::io("write", self.path, cause));
+        }
+        Ok(self)
+    }
+}
+
+impl<D: Disk> SegmentWriter<D> {
+    /// A topic that has no segment yet.
+    pub fn new(shared: &Shared, topic: &TopicRecord) -> Self {
+        Self {
+            dir: segment::topic_dir(&shared.data_dir, topic.sequence, topic.id),
+            topic_id: topic.id,
+            current: None,
+            next_no: 0,
+            prealloc: Arc::clone(&shared.prealloc),
+        }
+    }
+
+    fn retire(&mut self) {
+        if let Some(current) = self.current.take() {
+            self.prealloc.give_back(current.allocated.saturating_sub(current.write_at));
+        }
+    }
+
+    /// Encodes a chunk behind the last one and submits its writes.
+    ///
+    /// # Errors
+    /// When the segment cannot be made, or the rows cannot be encoded.
+    pub async fn write(
+        &mut self,
+        disk: &D,
+        shared: &Shared,
+        schema: &TopicSchema,
+        encoder: &TopicEncoder,
+        topic: TopicNo,
+        chunk: &ChunkRows,
+    ) -> Result<Pending<D::File>> {
+        if self.current.as_ref().is_some_and(|current| {
+            current.poisoned.get() || (current.write_at > FIRST_CHUNK_OFFSET && shared.segment_bytes < current.write_at + chunk.data_bytes)
+        }) {
+            self.retire();
+        }
+        if self.current.is_none() {
+            self.current = Some(self.create(disk, shared).await?);
+        }
+        let Some(current) = self.current.as_mut() else {
+            return Err(StorageError::Gone);
+        };
+        preallocate(disk, shared, current, chunk.data_bytes).await;
+        let start = current.write_at;
+        let mut sink = Sink {
+            disk: disk.clone(),
+            file: current.file.clone(),
+            poisoned: Rc::clone(&current.poisoned),
+            at: start,
+            buf: None,
+            filled: 0,
+            writes: Vec::new(),
+        };
+        let encoded = encode(disk, shared, encoder, chunk, (current.id, start), &mut sink).await;
+        let result = match encoded {
+            Ok(columns) => finish(&mut sink, current, self.topic_id, topic, chunk, columns).await,
+            Err(error) => Err(error),
+        };
+        let (trailer, kinds) = match result {
+            Ok(done) => done,
+            Err(error) => {
+                // Bytes of half a chunk may be on their way to this place: leave it alone for good.
+                current.poisoned.set(true);
+                return Err(error);
+            }
+        };
+        let padded = trailer.record.padded_length;
+        current.write_at = start + padded;
+        shared.prealloc.give_back(padded.min(current.allocated.saturating_sub(start)));
+        let skip = SkipRecord { fields: stats::collect(&schema.stored, &chunk.batches) };
+        let segment = SegmentRecord { no: current.no, id: current.id, epoch: 0, end_offset: current.write_at, sealed_length: None };
+        let written = Written {
+            record: trailer.record,
+            skip,
+            segment,
+            poisoned: Rc::clone(&current.poisoned),
+            path: current.path.clone(),
+        };
+        Ok(Pending {
+            writes: sink.writes,
+            file: current.file.clone(),
+            path: current.path.clone(),
+            poisoned: Rc::clone(&current.poisoned),
+            written,
+            counters: Arc::clone(&shared.counters),
+            kinds,
+        })
+    }
+
+    async fn create(&mut self, disk: &D, shared: &Shared) -> Result<Current<D::File>> {
+        let no = self.next_no;
+        let path = self.dir.join(segment::file_name(no));
+        // Taken even if making it fails: a half-made file must not be met again.
+        self.next_no += 1;
+        let file = create_segment(disk, &shared.data_dir, &self.dir, &path, &shared.counters).await?;
+        Ok(Current {
+            file,
+            path,
+            no,
+            id: SegmentId::random(),
+            write_at: FIRST_CHUNK_OFFSET,
+            allocated: FIRST_CHUNK_OFFSET,
+            poisoned: Rc::default(),
+        })
+    }
+}
+
+async fn preallocate<D: Disk>(disk: &D, shared: &Shared, current: &mut Current<D::File>, data_bytes: u64) {
+    let step = prealloc_step(current.allocated, current.write_at, data_bytes, shared.segment_bytes, shared.prealloc.left());
+    let Some(step) = step else { return };
+    // A refusal (a file system without it, a full disk) is no failure: the write itself will tell.
+    if disk.allocate(&current.file, current.allocated, step).await.is_ok() {
+        current.allocated += step;
+        shared.prealloc.take(step);
+    }
+}
+
+/// Encodes the rows into the sink, parking often enough for others; returns the columns.
+async fn encode<D: Disk>(
+    disk: &D,
+    shared: &Shared,
+    encoder: &TopicEncoder,
+    chunk: &ChunkRows,
+    (segment, start): (SegmentId, u64),
+    sink: &mut Sink<D>,
+) -> Result<Vec<ColumnRecord>> {
+    let mut encoding = encoder.begin(&chunk.batches)?;
+    let mut columns: Vec<ColumnRecord> = Vec::new();
+    let mut crc = column_crc_seed(segment, 0, 0, start);
+    let mut slice = Instant::now();
+    while let Some(pieces) = encoding.step()? {
+        for piece in pieces {
+            match piece {
+                Piece::Page(bytes) => {
+                    crc = crc32c::crc32c_append(crc, &bytes);
+                    sink.put(&bytes).await;
+                }
+                Piece::ColumnEnd(mut column) => {
+                    column.crc = crc;
+                    columns.push(column);
+                    crc = column_crc_seed(segment, 0, columns.len(), sink.position());
+                }
+            }
+        }
+        if slice.elapsed() >= shared.encode_slice {
+            disk.breathe().await;
+            slice = Instant::now();
+        }
+    }
+    Ok(columns)
+}
+
+/// Writes padding and trailer; returns the trailer with the bytes of chunk, padding and trailer.
+async fn finish<D: Disk>(
+    sink: &mut Sink<D>,
+    current: &Current<D::File>,
+    topic_id: TopicId,
+    topic: TopicNo,
+    chunk: &ChunkRows,
+    columns: Vec<ColumnRecord>,
+) -> Result<(Trailer, [u64; 3])> {
+    let length = sink.position() - current.write_at;
+    let record = ChunkRecord {
+        segment: current.no,
+        segment_id: current.id,
+        epoch: 0,
+        offset: current.write_at,
+        length,
+        padded_length: 0,
+        first_batch: chunk.first_batch,
+        end_batch: chunk.first_batch + chunk.marks.len() as u64,
+        first_row: chunk.first_row,
+        end_row: chunk.first_row + chunk.rows(),
+        data_bytes: chunk.data_bytes,
+        time: chunk.time,
+        time_sorted: chunk.time_sorted,
+        crc: chunk_crc(&columns),
+        columns,
+    };
+    let trailer = Trailer { topic, topic_id, record, marks: chunk.marks.clone() };
+    let (trailer, bytes) = trailer.encode(length)?;
+    let zeros = bytes.iter().take_while(|byte| **byte == 0).count() as u64;
+    sink.put(&bytes).await;
+    sink.flush();
+    Ok((trailer, [length, zeros, bytes.len() as u64 - zeros]))
+}
+
+/// Fills ring buffers and sends each on its way when it is full.
+struct Sink<D: Disk> {
+    disk: D,
+    file: D::File,
+    poisoned: Rc<Cell<bool>>,
+    /// Offset of the current buffer in the file.
+    at: u64,
+    buf: Option<D::Buf>,
+    filled: usize,
+    writes: Vec<JoinHandle<io::Result<()>>>,
+}
+
+impl<D: Disk> Sink<D> {
+    fn position(&self) -> u64 {
+        self.at + self.filled as u64
+    }
+
+    async fn put(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let mut buf = match self.buf.take() {
+                Some(buf) => buf,
+                // Waits for the device: the buffers of this chunk come back as its writes complete.
+                None => self.disk.buffer().await,
+            };
+            let take = bytes.len().min(RING_BUFFER_BYTES - self.filled);
+            let (now, later) = bytes.split_at(take);
+            if let Some(into) = buf.get_mut(self.filled..self.filled + take) {
+                into.copy_from_slice(now);
+            }
+            self.filled += take;
+            self.buf = Some(buf);
+            bytes = later;
+            if self.filled == RING_BUFFER_BYTES {
+                self.flush();
+            }
+        }
+    }
+
+    /// Submits what is in the buffer, which ends on a block boundary.
+    fn flush(&mut self) {
+        let Some(buf) = self.buf.take() else { return };
+        let (at, length) = (self.at, self.filled);
+        self.at += length as u64;
+        self.filled = 0;
+        let write = self.disk.write(&self.file, buf, length, at, Durability::Later);
+        let poisoned = Rc::clone(&self.poisoned);
+        self.writes.push(tokio::task::spawn_local(async move {
+            let (result, _buf) = write.await;
+            if result.is_err() {
+                poisoned.set(true);
+            }
+            result
+        }));
+    }
+}
+
+impl<F: Clone + 'static> Pending<F> {
+    /// Waits until all of the chunk is on stable media.
+    ///
+    /// # Errors
+    /// The first write or sync that failed; the segment is poisoned then.
+    pub async fn durable<D: Disk<File = F>>(self, disk: &D) -> Result<Written> {
+        let mut first_error = None;
+        for write in self.writes {
+            let result = write.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+            if let Err(error) = result {
+                first_error.get_or_insert(error);
+            }
+        }
+        if first_error.is_none()
+            && let Err(error) = disk.sync(&self.file).await
+        {
+            first_error = Some(error);
+        }
+        let [chunk, padding, trailer] = self.kinds;
+        match first_error {
+            None => {
+                IoCounters::add(&self.counters.chunk, chunk);
+                IoCounters::add(&self.counters.padding, padding);
+                IoCounters::add(&self.counters.trailer, trailer);
+                Ok(self.written)
+            }
+            Some(error) => {
+                self.poisoned.set(true);
+                IoCounters::add(&self.counters.rewrite, chunk + padding + trailer);
+                Err(StorageError::io("write", self.path, error))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[track_caller]
+    fn check(allocated: u64, write_at: u64, chunk: u64, left: u64, expected: Option<u64>) {
+        assert_eq!(prealloc_step(allocated, write_at, chunk, 256 * MIB, left), expected);
+    }
+
+    #[test]
+    fn a_small_chunk_reserves_one_mebibyte() {
+        check(4096, 4096, 1000, 4096 * MIB, Some(MIB));
+    }
+
+    #[test]
+    fn what_is_reserved_doubles_with_what_was_written() {
+        check(64 * MIB, 64 * MIB, 16 * MIB, 4096 * MIB, Some(64 * MIB));
+    }
+
+    #[test]
+    fn a_segment_is_not_reserved_beyond_its_size() {
+        check(250 * MIB, 250 * MIB, 2 * MIB, 4096 * MIB, Some(6 * MIB));
+    }
+
+    #[test]
+    fn what_fits_is_not_reserved_again() {
+        check(64 * MIB, 10 * MIB, 16 * MIB, 4096 * MIB, None);
+    }
+
+    #[test]
+    fn an_exhausted_budget_reserves_nothing() {
+        check(4096, 4096, 16 * MIB, MIB, None);
+    }
+}
