@@ -37,7 +37,7 @@ const FORMAT_VERSION: u32 = 1;
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs the daemon until SIGTERM or SIGINT.
-pub(crate) fn run(config: Config) -> Result<(), AnyError> {
+pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
     let started = Instant::now();
     host::raise_descriptor_limit();
     let _lock = prepare_data_dir(&config.data_dir)?;
@@ -53,7 +53,8 @@ pub(crate) fn run(config: Config) -> Result<(), AnyError> {
     let (loader, reader_thread) = start_reader(&config, &disk, &counters)?;
 
     let front = tokio::runtime::Builder::new_multi_thread().thread_name("fb-front").enable_all().build()?;
-    let control = tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("fb-control").enable_all().build()?;
+    let control =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("fb-control").enable_all().build()?;
     systemd::status("recovering");
     let recovered = front.block_on(recover_all(&config, &catalog, &steward))?;
 
@@ -81,6 +82,7 @@ pub(crate) fn run(config: Config) -> Result<(), AnyError> {
         stats: Arc::clone(&stats),
         counters,
         disk,
+        null_sink,
         control: control.handle().clone(),
         stopping: stopping.clone(),
     });
@@ -121,7 +123,8 @@ fn prepare_data_dir(dir: &Path) -> Result<File, AnyError> {
     let since = Instant::now();
     while let Err(error) = rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         if since.elapsed() > LOCK_PATIENCE {
-            let text = format!("{} is in use by another flightbox ({error}); stop it or choose another --data", dir.display());
+            let text =
+                format!("{} is in use by another flightbox ({error}); stop it or choose another --data", dir.display());
             return Err(StorageError::Directory(text).into());
         }
         std::thread::park_timeout(Duration::from_millis(50));
@@ -141,7 +144,9 @@ fn check_format(dir: &Path) -> Result<(), AnyError> {
                 dir.display()
             ))
             .into()),
-            Err(_) => Err(StorageError::Directory(format!("{} does not hold a number: {text:?}", path.display())).into()),
+            Err(_) => {
+                Err(StorageError::Directory(format!("{} does not hold a number: {text:?}", path.display())).into())
+            }
         },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let fresh = dir.join("format-version.new");
@@ -240,7 +245,11 @@ fn start_reader(config: &Config, disk: &DiskState, counters: &Arc<IoCounters>) -
 }
 
 /// Writers are pinned from the last core down: the first ones are left to the network.
-fn start_writers(config: &Config, disk: &DiskState, context: &writer::Context) -> io::Result<(WriterHandles, Vec<JoinHandle<()>>)> {
+fn start_writers(
+    config: &Config,
+    disk: &DiskState,
+    context: &writer::Context,
+) -> io::Result<(WriterHandles, Vec<JoinHandle<()>>)> {
     let cores = core_affinity::get_core_ids().unwrap_or_default();
     let mut lanes = Vec::new();
     let mut threads = Vec::new();

@@ -62,7 +62,7 @@ pub(crate) fn facts(data_dir: &Path) -> HostFacts {
 }
 
 fn free_bytes(path: &Path) -> Option<u64> {
-    let stat = rustix::fs::statvfs(&existing(path)).ok()?;
+    let stat = rustix::fs::statvfs(existing(path)).ok()?;
     Some(stat.f_bavail * stat.f_frsize)
 }
 
@@ -100,7 +100,11 @@ fn kernel() -> Check {
     } else if version >= (5, 19) {
         Check::warn("kernel", release, "6.1 or newer tells the alignment of direct I/O and costs less per write")
     } else {
-        Check::fail("kernel", release, "io_uring as used here needs 5.19 or newer; set engine = \"posix\" to go without")
+        Check::fail(
+            "kernel",
+            release,
+            "io_uring as used here needs 5.19 or newer; set engine = \"posix\" to go without",
+        )
     }
 }
 
@@ -126,7 +130,8 @@ fn memory(config: &Config) -> Check {
 }
 
 fn memlock(config: &Config) -> Check {
-    let needed = (config.writers * storage::limits::RING_BUFFERS_PER_WRITER + 2 * storage::limits::RING_BUFFERS_PER_SERVICE) as u64
+    let needed = (config.writers * storage::limits::RING_BUFFERS_PER_WRITER
+        + 2 * storage::limits::RING_BUFFERS_PER_SERVICE) as u64
         * storage::limits::RING_BUFFER_BYTES as u64;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
     match limit {
@@ -145,7 +150,11 @@ fn descriptors() -> Check {
     if most >= 65_536 {
         Check::good("descriptors", format!("up to {most}"))
     } else {
-        Check::warn("descriptors", format!("at most {most}"), "set LimitNOFILE=65536 in the unit: each topic being written needs one")
+        Check::warn(
+            "descriptors",
+            format!("at most {most}"),
+            "set LimitNOFILE=65536 in the unit: each topic being written needs one",
+        )
     }
 }
 
@@ -193,31 +202,50 @@ fn alignment(dir: &Path) -> Option<(u32, u32)> {
 
 fn file_system(dir: &Path) -> Check {
     let Ok(stat) = rustix::fs::statfs(dir) else {
-        return Check::fail("file system", format!("{} cannot be looked at", dir.display()), "check the path and its rights");
+        return Check::fail(
+            "file system",
+            format!("{} cannot be looked at", dir.display()),
+            "check the path and its rights",
+        );
     };
     match stat.f_type as u64 {
         0xEF53 => Check::good("file system", "ext4"),
         0x5846_5342 => Check::good("file system", "XFS"),
         0x0102_1994 => Check::warn("file system", "tmpfs", "recordings do not survive a restart of the machine"),
         0x794C_7630 => Check::warn("file system", "overlay", "mount a volume of the host for the data"),
-        0x9123_683E => Check::warn("file system", "btrfs", "copy on write costs throughput: ext4 or XFS are what flightbox is measured on"),
-        other => Check::warn("file system", format!("type {other:#x}"), "ext4 or XFS are what flightbox is measured on"),
+        0x9123_683E => Check::warn(
+            "file system",
+            "btrfs",
+            "copy on write costs throughput: ext4 or XFS are what flightbox is measured on",
+        ),
+        other => {
+            Check::warn("file system", format!("type {other:#x}"), "ext4 or XFS are what flightbox is measured on")
+        }
     }
 }
 
 fn free_space(dir: &Path) -> Check {
     match free_bytes(dir) {
         Some(free) if free >= 10 << 30 => Check::good("free space", format!("{} GiB", free >> 30)),
-        Some(free) => Check::warn("free space", format!("{} MiB", free >> 20), "make room: a 4K camera fills 10 GiB within half a minute"),
+        Some(free) => Check::warn(
+            "free space",
+            format!("{} MiB", free >> 20),
+            "make room: a 4K camera fills 10 GiB within half a minute",
+        ),
         None => Check::fail("free space", "unknown", "check the path and its rights"),
     }
 }
 
 fn write_cache(dir: &Path) -> Check {
     let Some(queue) = queue_dir(dir) else {
-        return Check::warn("write cache", "unknown (no block device behind the folder)", "durability is then the file system's word");
+        return Check::warn(
+            "write cache",
+            "unknown (no block device behind the folder)",
+            "durability is then the file system's word",
+        );
     };
-    let read = |name: &str| std::fs::read_to_string(queue.join(name)).map(|text| text.trim().to_owned()).unwrap_or_default();
+    let read =
+        |name: &str| std::fs::read_to_string(queue.join(name)).map(|text| text.trim().to_owned()).unwrap_or_default();
     match (read("write_cache").as_str(), read("fua").as_str()) {
         ("write through", _) => Check::good("write cache", "write through: a completed write is on the media"),
         (_, "1") => Check::good("write cache", "write back with FUA"),

@@ -105,7 +105,9 @@ impl Locator {
         let locator = Self::parse(key, text)?;
         match locator.topic {
             None => Ok(locator.sequence),
-            Some(_) => Err(LifecycleError::Invalid { key, value: shorten(text), why: "a sequence name has no `/`".to_owned() }),
+            Some(_) => {
+                Err(LifecycleError::Invalid { key, value: shorten(text), why: "a sequence name has no `/`".to_owned() })
+            }
         }
     }
 
@@ -114,7 +116,11 @@ impl Locator {
         let locator = Self::parse(key, text)?;
         match locator.topic {
             Some(topic) => Ok(format!("{}/{topic}", locator.sequence)),
-            None => Err(LifecycleError::Invalid { key, value: shorten(text), why: "is no topic; give `sequence/topic`".to_owned() }),
+            None => Err(LifecycleError::Invalid {
+                key,
+                value: shorten(text),
+                why: "is no topic; give `sequence/topic`".to_owned(),
+            }),
         }
     }
 }
@@ -186,7 +192,12 @@ struct Removed {
 
 impl Lifecycle {
     /// Creates a sequence; for v0 with its hidden session.
-    pub(crate) async fn create_sequence(&self, name: String, user_metadata: String, v0: bool) -> Result<SequenceRecord> {
+    pub(crate) async fn create_sequence(
+        &self,
+        name: String,
+        user_metadata: String,
+        v0: bool,
+    ) -> Result<SequenceRecord> {
         self.committer
             .change(move |txn, _| {
                 if txn.sequence_by_name(&name)?.is_some() {
@@ -269,7 +280,13 @@ impl Lifecycle {
     }
 
     /// Opens a topic for its DoPut and tells its writer.
-    pub(crate) async fn open_upload(&self, locator: String, key: TopicId, schema: Arc<TopicSchema>, message: Vec<u8>) -> Result<Upload> {
+    pub(crate) async fn open_upload(
+        &self,
+        locator: String,
+        key: TopicId,
+        schema: Arc<TopicSchema>,
+        message: Vec<u8>,
+    ) -> Result<Upload> {
         let (watermark, receiver) = watch::channel(Watermark::default());
         let watermark = Arc::new(watermark);
         let for_committer = Arc::clone(&watermark);
@@ -365,7 +382,10 @@ impl Lifecycle {
     }
 
     /// Removes a session with its topics; the sequence stays.
-    pub(crate) async fn delete_session(&self, find: impl FnOnce(&Txn<'_>) -> Result<SessionRecord> + Send + 'static) -> Result<()> {
+    pub(crate) async fn delete_session(
+        &self,
+        find: impl FnOnce(&Txn<'_>) -> Result<SessionRecord> + Send + 'static,
+    ) -> Result<()> {
         let removed = self
             .committer
             .change(move |txn, live| {
@@ -520,7 +540,11 @@ fn remove_topics(txn: &mut Txn<'_>, live: &mut Live, topics: &[TopicRecord], fol
     }
     let record = DeletionRecord { ticket: *Uuid::new_v4().as_bytes(), folders };
     txn.put(Family::Meta, keys::deletion(&record.ticket), &record)?;
-    Ok(Removed { ticket: record.ticket, folders: record.folders, topics: topics.iter().map(|topic| topic.no).collect() })
+    Ok(Removed {
+        ticket: record.ticket,
+        folders: record.folders,
+        topics: topics.iter().map(|topic| topic.no).collect(),
+    })
 }
 
 #[cfg(test)]
@@ -530,7 +554,8 @@ mod tests {
     #[track_caller]
     fn check(text: &str, expected: Option<(&str, Option<&str>)>) {
         let parsed = Locator::parse("locator", text).ok();
-        let expected = expected.map(|(sequence, topic)| Locator { sequence: sequence.to_owned(), topic: topic.map(str::to_owned) });
+        let expected = expected
+            .map(|(sequence, topic)| Locator { sequence: sequence.to_owned(), topic: topic.map(str::to_owned) });
         assert_eq!(parsed, expected, "{text:?}");
     }
 

@@ -1,1 +1,75 @@
-fn main(){}
+//! Measures flightbox beside its limits, in one run: numbers of shared machines mean nothing alone.
+//!
+//! `image`: DoPut of 8 MiB blobs, closed loop, against a null sink (the same front, which decodes and
+//! drops) and the raw disk (aligned direct writes through the same ring). Leaves a dated folder under
+//! `bench/runs/` with machine facts, raw CSV and a summary; PERF.md quotes only these.
+
+mod disk;
+mod load;
+mod report;
+
+use clap::Parser;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// What to measure.
+#[derive(Debug, Parser)]
+#[command(about = "Measure flightbox beside its limits, in one run")]
+struct Arguments {
+    /// The flightbox program.
+    #[arg(long)]
+    server: PathBuf,
+    /// Profile to run.
+    #[arg(default_value = "image")]
+    profile: String,
+    /// Bytes sent in each pass, in MiB.
+    #[arg(long, default_value_t = 4096)]
+    mib: u64,
+    /// Concurrent streams.
+    #[arg(long, default_value_t = 4)]
+    streams: usize,
+    /// Passes over all contestants; the medians count.
+    #[arg(long, default_value_t = 3)]
+    passes: usize,
+    /// Folder for data while measuring; default: beside the build.
+    #[arg(long)]
+    scratch: Option<PathBuf>,
+    /// Folder for the results.
+    #[arg(long, default_value = "bench/runs")]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("flightbox-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let blob_bytes = match arguments.profile.as_str() {
+        "image" => 8 << 20,
+        other => return Err(format!("there is no profile {other:?}; known: image").into()),
+    };
+    let scratch = match &arguments.scratch {
+        Some(dir) => dir.clone(),
+        None => arguments.server.parent().ok_or("--server has no folder")?.to_owned(),
+    };
+    let mut report = report::Report::new(&arguments.profile, arguments.mib, arguments.streams);
+    for pass in 0..arguments.passes {
+        // Interleaved, so that a slow minute of a shared machine meets all of them.
+        let disk = disk::measure(&scratch, arguments.mib << 20)?;
+        report.add(pass, "disk", disk.plain_mib_s);
+        report.add(pass, "disk_sync_16mib", disk.synced_mib_s);
+        let sink = load::measure(arguments, &scratch, blob_bytes, load::Target::NullSink)?;
+        report.add(pass, "null_sink", sink.mib_s);
+        let put = load::measure(arguments, &scratch, blob_bytes, load::Target::Flightbox)?;
+        report.add(pass, "flightbox", put.mib_s);
+        report.stations = put.info;
+    }
+    report.write(&arguments.out, &scratch)?;
+    Ok(())
+}

@@ -54,7 +54,10 @@ fn render(info: &Value) -> String {
         .map(|kind| format!("{kind} {}", bytes(number(&format!("/ring_bytes/{kind}")))));
     lines.push(format!("ring: {}", kinds.join(", ")));
     lines.push(format!("memory: {} held of at most {}", bytes(number("/memory/held")), bytes(number("/memory/bound"))));
-    lines.push(format!("{:<8} {:>10} {:>10} {:>10} {:>10} {:>10}", "station", "count", "p50 ms", "p99 ms", "p99.9 ms", "max ms"));
+    lines.push(format!(
+        "{:<8} {:>10} {:>10} {:>10} {:>10} {:>10}",
+        "station", "count", "p50 ms", "p99 ms", "p99.9 ms", "max ms"
+    ));
     for station in info["stations"].as_array().into_iter().flatten() {
         let ms = |key: &str| station[key].as_f64().unwrap_or(0.0) / 1000.0;
         lines.push(format!(

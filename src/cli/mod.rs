@@ -26,7 +26,13 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the recorder until it is told to stop.
-    Serve(Settings),
+    Serve {
+        #[command(flatten)]
+        settings: Settings,
+        /// For `./x bench` only: decode and drop everything; nothing is stored or acknowledged.
+        #[arg(long, hide = true)]
+        null_sink: bool,
+    },
     /// Show the state of a running recorder.
     Info {
         #[command(flatten)]
@@ -66,7 +72,9 @@ impl Settings {
             raw.add_file(path)?;
         }
         // Variables that are not UTF-8 cannot be settings of ours.
-        raw.add_env(std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))))?;
+        raw.add_env(
+            std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))),
+        )?;
         for setting in &self.set {
             let (key, value) = setting.split_once('=').ok_or_else(|| ConfigError {
                 key: "--set".to_owned(),
@@ -94,7 +102,7 @@ impl Settings {
 /// Parses the command line and runs the command.
 pub(crate) fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
     match Cli::parse().command {
-        Command::Serve(settings) => serve::run(settings.load()?),
+        Command::Serve { settings, null_sink } => serve::run(settings.load()?, null_sink),
         Command::Info { settings, json } => info::run(&settings.load()?, json),
         Command::Doctor(settings) => doctor::run(&settings.load()?),
     }

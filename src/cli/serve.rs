@@ -5,7 +5,7 @@ use crate::daemon;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
-pub(super) fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>> {
+pub(super) fn run(config: Config, null_sink: bool) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let filter = EnvFilter::try_new(&config.log_level)?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if config.log_json {
@@ -13,6 +13,6 @@ pub(super) fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>
     } else {
         log.with_target(false).init();
     }
-    daemon::run(config)?;
+    daemon::run(config, null_sink)?;
     Ok(ExitCode::SUCCESS)
 }

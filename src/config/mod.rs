@@ -82,7 +82,10 @@ impl Config {
         let chunk_bytes = at_least("chunk_bytes", size(raw.get("chunk_bytes"))?, 64 << 10, "64KiB")?;
         let segment_bytes = size(raw.get("segment_bytes"))?;
         if segment_bytes < chunk_bytes {
-            return Err(refuse(raw.get("segment_bytes"), "must hold at least one chunk: raise it to chunk_bytes or more"));
+            return Err(refuse(
+                raw.get("segment_bytes"),
+                "must hold at least one chunk: raise it to chunk_bytes or more",
+            ));
         }
         let prealloc_bytes = match raw.get("prealloc_bytes").text.as_str() {
             "auto" => (host.free_bytes / 100).min(4 << 30),
@@ -91,7 +94,11 @@ impl Config {
         let unix = raw.get("unix_socket");
         Ok(Self {
             data_dir: PathBuf::from(&raw.get("data_dir").text),
-            listen: raw.get("listen").text.parse().map_err(|_| refuse(raw.get("listen"), "is not ADDRESS:PORT; use 127.0.0.1:6726"))?,
+            listen: raw
+                .get("listen")
+                .text
+                .parse()
+                .map_err(|_| refuse(raw.get("listen"), "is not ADDRESS:PORT; use 127.0.0.1:6726"))?,
             unix_socket: (!unix.text.is_empty()).then(|| PathBuf::from(&unix.text)),
             engine: match raw.get("engine").text.as_str() {
                 "auto" | "uring" => EngineChoice::Auto,
@@ -126,7 +133,11 @@ impl Config {
 
     /// The settings of the chunk rule.
     pub(crate) fn chunk_rule(&self) -> ChunkRule {
-        ChunkRule { chunk_bytes: self.chunk_bytes, commit_interval: self.commit_interval, tail_max_age: self.tail_max_age }
+        ChunkRule {
+            chunk_bytes: self.chunk_bytes,
+            commit_interval: self.commit_interval,
+            tail_max_age: self.tail_max_age,
+        }
     }
 }
 

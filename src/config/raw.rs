@@ -79,8 +79,14 @@ impl Raw {
 
     /// Adds a TOML file's text.
     pub(crate) fn add_toml(&mut self, text: &str, origin: &str) -> Result<(), ConfigError> {
-        let broken = |value: String, why: String| ConfigError { key: "(file)".to_owned(), value, origin: origin.to_owned(), why };
-        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| broken(String::new(), error.to_string()))?;
+        let broken = |value: String, why: String| ConfigError {
+            key: "(file)".to_owned(),
+            value,
+            origin: origin.to_owned(),
+            why,
+        };
+        let table: toml::Table =
+            text.parse().map_err(|error: toml::de::Error| broken(String::new(), error.to_string()))?;
         for (key, value) in table {
             let text = match value {
                 toml::Value::String(text) => text,
@@ -121,5 +127,8 @@ impl Raw {
 /// The known key with the most letters in common at the start, then the shortest.
 fn nearest(key: &str) -> &'static str {
     let common = |known: &str| known.bytes().zip(key.bytes()).take_while(|(a, b)| a == b).count();
-    KEYS.iter().map(|(known, _)| *known).max_by_key(|known| (common(known), usize::MAX - known.len())).unwrap_or("data_dir")
+    KEYS.iter()
+        .map(|(known, _)| *known)
+        .max_by_key(|known| (common(known), usize::MAX - known.len()))
+        .unwrap_or("data_dir")
 }

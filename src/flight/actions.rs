@@ -85,7 +85,9 @@ impl Body {
                 }
                 Ok(text)
             }
-            Some(other) => Err(invalid(format!("action `{}`: `user_metadata` is {}, not an object", self.action, kind(other)))),
+            Some(other) => {
+                Err(invalid(format!("action `{}`: `user_metadata` is {}, not an object", self.action, kind(other))))
+            }
         }
     }
 }
@@ -116,7 +118,12 @@ fn hint(action: &str, body: &Body) -> Hint {
 }
 
 /// Runs an action; returns the body of its one Result.
-pub(crate) async fn run(shared: &Shared, connection: &Connection, action: &str, body: &[u8]) -> Result<Vec<u8>, Status> {
+pub(crate) async fn run(
+    shared: &Shared,
+    connection: &Connection,
+    action: &str,
+    body: &[u8],
+) -> Result<Vec<u8>, Status> {
     let body = Body::parse(action, body)?;
     let dialect = connection.note(hint(action, &body));
     let response = match action {
@@ -155,7 +162,9 @@ pub(crate) async fn run(shared: &Shared, connection: &Connection, action: &str, 
         | "api_key_create"
         | "api_key_status"
         | "api_key_revoke" => {
-            return Err(Status::unimplemented(format!("action `{action}` is known but this version of flightbox does not serve it yet")));
+            return Err(Status::unimplemented(format!(
+                "action `{action}` is known but this version of flightbox does not serve it yet"
+            )));
         }
         other => {
             let known: Vec<&str> = ACTIONS.iter().map(|(name, _)| *name).collect();
@@ -246,7 +255,8 @@ async fn session_delete(shared: &Shared, body: &Body) -> Result<Value, Status> {
     } else {
         None
     };
-    let locator = if by_id.is_none() { body.text("locator")?.trim_start_matches('/').to_owned() } else { String::new() };
+    let locator =
+        if by_id.is_none() { body.text("locator")?.trim_start_matches('/').to_owned() } else { String::new() };
     shared
         .lifecycle
         .delete_session(move |txn| {
@@ -270,15 +280,20 @@ async fn topic_create(shared: &Shared, body: &Body) -> Result<Value, Status> {
         (UploadKey::Session(id), "locator", body.text("locator")?)
     };
     let tag = body.text("ontology_tag")?;
-    if tag.is_empty() || tag.contains('.') || tag.chars().any(char::is_control) || tag.len() > limits::NAME_PART_BYTES_MAX {
+    if tag.is_empty()
+        || tag.contains('.')
+        || tag.chars().any(char::is_control)
+        || tag.len() > limits::NAME_PART_BYTES_MAX
+    {
         return Err(invalid(format!(
             "`ontology_tag` = {tag:?}: must be a text of 1 to {} bytes without dots: queries split at the first dot",
             limits::NAME_PART_BYTES_MAX
         )));
     }
     let format_name = body.text("serialization_format")?;
-    let format = Format::from_name(format_name)
-        .ok_or_else(|| invalid(format!("`serialization_format` = {format_name:?} is none of default, ragged, image")))?;
+    let format = Format::from_name(format_name).ok_or_else(|| {
+        invalid(format!("`serialization_format` = {format_name:?} is none of default, ragged, image"))
+    })?;
     let new = NewTopic {
         locator: Locator::topic(key, name)?,
         ontology_tag: tag.to_owned(),

@@ -15,8 +15,10 @@ pub(crate) async fn appliance_info(address: SocketAddr) -> Result<Value, String>
         .map_err(|error| format!("{address}: {error}"))?
         .connect_timeout(Duration::from_secs(5))
         .timeout(Duration::from_secs(30));
-    let channel =
-        endpoint.connect().await.map_err(|_| format!("no flightbox answers at {address}; start one with `flightbox serve` or give --listen"))?;
+    let channel = endpoint
+        .connect()
+        .await
+        .map_err(|_| format!("no flightbox answers at {address}; start one with `flightbox serve` or give --listen"))?;
     let action = Action { r#type: "info".to_owned(), body: r#"{"flightbox":true}"#.into() };
     let answer = FlightServiceClient::new(channel).do_action(action).await.map_err(|status| status.to_string())?;
     let result = answer.into_inner().message().await.map_err(|status| status.to_string())?;

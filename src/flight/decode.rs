@@ -45,7 +45,9 @@ impl Decoder {
         let message = parse(header)?;
         match message.header_type() {
             ipc::MessageHeader::RecordBatch => {
-                let batch = message.header_as_record_batch().ok_or_else(|| invalid("the message header is not a record batch"))?;
+                let batch = message
+                    .header_as_record_batch()
+                    .ok_or_else(|| invalid("the message header is not a record batch"))?;
                 let mut weight = check_layout(&batch, &body, self.batch_memory_max)?;
                 if !aligned(&body) {
                     weight += typed_bytes(&self.schema, &batch);
@@ -53,10 +55,19 @@ impl Decoder {
                 let version = message.version();
                 let decode_permit = self.claim(weight).await;
                 let message = parse(header)?;
-                let batch = message.header_as_record_batch().ok_or_else(|| invalid("the message header is not a record batch"))?;
+                let batch = message
+                    .header_as_record_batch()
+                    .ok_or_else(|| invalid("the message header is not a record batch"))?;
                 let rows = guarded(|| {
                     let body = Buffer::from(body);
-                    ipc::reader::read_record_batch(&body, batch, Arc::clone(&self.schema), &self.dictionaries, None, &version)
+                    ipc::reader::read_record_batch(
+                        &body,
+                        batch,
+                        Arc::clone(&self.schema),
+                        &self.dictionaries,
+                        None,
+                        &version,
+                    )
                 })?;
                 let expanded = self.expanded_bytes(&rows)?;
                 let decode_permit = match (decode_permit, expanded) {
@@ -69,15 +80,18 @@ impl Decoder {
                 Ok(Decoded::Batch(rows, decode_permit, permit))
             }
             ipc::MessageHeader::DictionaryBatch => {
-                let dictionary =
-                    message.header_as_dictionary_batch().ok_or_else(|| invalid("the message header is not a dictionary"))?;
+                let dictionary = message
+                    .header_as_dictionary_batch()
+                    .ok_or_else(|| invalid("the message header is not a dictionary"))?;
                 let batch = dictionary.data().ok_or_else(|| invalid("the dictionary message has no data"))?;
-                let weight = check_layout(&batch, &body, self.batch_memory_max)? + if aligned(&body) { 0 } else { body.len() as u64 };
+                let weight = check_layout(&batch, &body, self.batch_memory_max)?
+                    + if aligned(&body) { 0 } else { body.len() as u64 };
                 let (id, version) = (dictionary.id(), message.version());
                 let decode_permit = self.claim(weight).await;
                 let message = parse(header)?;
-                let dictionary =
-                    message.header_as_dictionary_batch().ok_or_else(|| invalid("the message header is not a dictionary"))?;
+                let dictionary = message
+                    .header_as_dictionary_batch()
+                    .ok_or_else(|| invalid("the message header is not a dictionary"))?;
                 let (schema, dictionaries) = (&self.schema, &mut self.dictionaries);
                 guarded(|| {
                     let body = Buffer::from(body);
@@ -86,9 +100,9 @@ impl Decoder {
                 self.dictionary_permits.insert(id, (permit, decode_permit));
                 Ok(Decoded::Dictionary)
             }
-            ipc::MessageHeader::Schema => {
-                Err(invalid("a second schema message: the schema of a stream is fixed by its first message; open another topic"))
-            }
+            ipc::MessageHeader::Schema => Err(invalid(
+                "a second schema message: the schema of a stream is fixed by its first message; open another topic",
+            )),
             other => Err(invalid(format!("unexpected IPC message {other:?}; send record batches"))),
         }
     }
@@ -117,7 +131,8 @@ impl Decoder {
 fn expanded_array(array: &ArrayRef) -> u64 {
     if let Some(dictionary) = array.as_any_dictionary_opt() {
         let values = dictionary.values();
-        let longest = (0..values.len()).map(|index| values.slice(index, 1).to_data().get_slice_memory_size().unwrap_or(0)).max();
+        let longest =
+            (0..values.len()).map(|index| values.slice(index, 1).to_data().get_slice_memory_size().unwrap_or(0)).max();
         return (array.len() as u64).saturating_mul(longest.unwrap_or(0) as u64);
     }
     match array.data_type() {
@@ -185,7 +200,8 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], batch_memory_max: u64
         if compressed && let Some(claimed) = bytes.first_chunk::<8>() {
             let claimed = match i64::from_le_bytes(*claimed) {
                 -1 => bytes.len() as u64 - 8,
-                claimed => u64::try_from(claimed).map_err(|_| invalid(format!("a buffer claims {claimed} uncompressed bytes")))?,
+                claimed => u64::try_from(claimed)
+                    .map_err(|_| invalid(format!("a buffer claims {claimed} uncompressed bytes")))?,
             };
             total = total.saturating_add(claimed);
         }
@@ -206,7 +222,11 @@ fn typed_bytes(schema: &Schema, batch: &ipc::RecordBatch<'_>) -> u64 {
     schema.fields().iter().map(|field| typed_in_field(field.data_type(), &mut lengths, &mut variadic)).sum()
 }
 
-fn typed_in_field(data_type: &DataType, lengths: &mut impl Iterator<Item = u64>, variadic: &mut impl Iterator<Item = i64>) -> u64 {
+fn typed_in_field(
+    data_type: &DataType,
+    lengths: &mut impl Iterator<Item = u64>,
+    variadic: &mut impl Iterator<Item = i64>,
+) -> u64 {
     if data_type == &DataType::Null {
         return 0;
     }

@@ -29,12 +29,14 @@ pub(crate) struct Ticket {
 impl Ticket {
     /// The opaque form that session clients carry.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        serde_json::json!({ "topic": self.topic.to_string(), "start": self.window.start, "end": self.window.end }).to_string().into()
+        serde_json::json!({ "topic": self.topic.to_string(), "start": self.window.start, "end": self.window.end })
+            .to_string()
+            .into()
     }
 
     fn decode(bytes: &[u8]) -> Result<Self, Status> {
-        let json: serde_json::Value =
-            serde_json::from_slice(bytes).map_err(|_| invalid("the ticket is none of this server's; ask GetFlightInfo for one"))?;
+        let json: serde_json::Value = serde_json::from_slice(bytes)
+            .map_err(|_| invalid("the ticket is none of this server's; ask GetFlightInfo for one"))?;
         let topic = json.get("topic").and_then(|topic| topic.as_str()).unwrap_or("");
         let time = |key: &str| json.get(key).and_then(serde_json::Value::as_i64);
         Ok(Self {
@@ -52,9 +54,13 @@ pub(crate) async fn do_get(
     let (topic, window) = if ticket.first() == Some(&b'{') {
         let ticket = Ticket::decode(ticket)?;
         let unknown = || LifecycleError::NotFound { what: "topic", name: ticket.topic.to_string() };
-        let topic = shared.lifecycle.catalog.topic_by_id(ticket.topic).map_err(|e| of_storage(&e))?.ok_or_else(unknown)?;
+        let topic =
+            shared.lifecycle.catalog.topic_by_id(ticket.topic).map_err(|e| of_storage(&e))?.ok_or_else(unknown)?;
         if topic.completed_at_ns.is_none() {
-            return Err(Status::failed_precondition(format!("topic `{}` is still being written; read it when it is locked", topic.locator)));
+            return Err(Status::failed_precondition(format!(
+                "topic `{}` is still being written; read it when it is locked",
+                topic.locator
+            )));
         }
         (topic, ticket.window)
     } else {
@@ -68,11 +74,15 @@ pub(crate) async fn do_get(
         TopicView::load(&catalog, &shared.config.data_dir, topic.clone()).map_err(|error| of_storage(&error))?
     };
     let Some(view) = view else {
-        return Err(Status::failed_precondition(format!("topic `{}` has no schema yet: nothing was ever put", topic.locator)));
+        return Err(Status::failed_precondition(format!(
+            "topic `{}` has no schema yet: nothing was ever put",
+            topic.locator
+        )));
     };
     let view = Arc::new(view);
     let schema = outgoing_schema(&shared, &view.record, &view.schema.wire)?;
-    let rows = RowStream::new(Arc::clone(&view), shared.lifecycle.loader.clone(), window, crate::limits::OUTGOING_BATCH_BYTES);
+    let rows =
+        RowStream::new(Arc::clone(&view), shared.lifecycle.loader.clone(), window, crate::limits::OUTGOING_BATCH_BYTES);
     let batches = batches(rows, Arc::clone(&view.schema), Arc::clone(&schema));
     let encoded = FlightDataEncoderBuilder::new()
         .with_schema(schema)
@@ -98,13 +108,19 @@ fn batches(
     .map(move |batch| {
         let batch = batch?;
         let mut out = Vec::new();
-        cut_to_wire(&topic, &schema, &batch, &mut out).map_err(|error| FlightError::Tonic(Box::new(of_storage(&error))))?;
+        cut_to_wire(&topic, &schema, &batch, &mut out)
+            .map_err(|error| FlightError::Tonic(Box::new(of_storage(&error))))?;
         Ok::<_, FlightError>(futures::stream::iter(out.into_iter().map(Ok)))
     })
     .try_flatten()
 }
 
-fn cut_to_wire(topic: &TopicSchema, schema: &SchemaRef, batch: &RecordBatch, out: &mut Vec<RecordBatch>) -> Result<(), StorageError> {
+fn cut_to_wire(
+    topic: &TopicSchema,
+    schema: &SchemaRef,
+    batch: &RecordBatch,
+    out: &mut Vec<RecordBatch>,
+) -> Result<(), StorageError> {
     match topic.to_wire(batch) {
         Ok(wire) => {
             let options = arrow::record_batch::RecordBatchOptions::new().with_row_count(Some(wire.num_rows()));
@@ -132,11 +148,11 @@ fn outgoing_schema(shared: &Shared, topic: &TopicRecord, wire: &SchemaRef) -> Re
 
 /// `mosaico:` metadata of a topic's schema. Exactly two properties: v0 refuses an extra key.
 pub(crate) fn topic_metadata(topic: &TopicRecord) -> [(String, String); 3] {
-    let properties = serde_json::json!({ "ontology_tag": topic.ontology_tag, "serialization_format": topic.format.name() });
+    let properties =
+        serde_json::json!({ "ontology_tag": topic.ontology_tag, "serialization_format": topic.format.name() });
     [
         ("mosaico:context".to_owned(), "topic".to_owned()),
         ("mosaico:properties".to_owned(), properties.to_string()),
         ("mosaico:user_metadata".to_owned(), topic.user_metadata.clone()),
     ]
 }
-

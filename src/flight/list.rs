@@ -61,11 +61,14 @@ fn request(connection: &Connection, descriptor: &FlightDescriptor) -> Result<Req
                 .get("resource_locator")
                 .and_then(Value::as_str)
                 .ok_or_else(|| invalid("the descriptor has no text `resource_locator`"))?;
-            let window = Window { start: time(&command, "timestamp_ns_start")?, end: time(&command, "timestamp_ns_end")? };
+            let window =
+                Window { start: time(&command, "timestamp_ns_start")?, end: time(&command, "timestamp_ns_end")? };
             if let (Some(start), Some(end)) = (window.start, window.end)
                 && start >= end
             {
-                return Err(invalid(format!("the time range [{start}, {end}) is empty; timestamp_ns_start must be less than timestamp_ns_end")));
+                return Err(invalid(format!(
+                    "the time range [{start}, {end}) is empty; timestamp_ns_start must be less than timestamp_ns_end"
+                )));
             }
             Ok(Request { locator: Locator::parse("resource_locator", text)?, window, v0: false })
         }
@@ -84,7 +87,11 @@ fn time(command: &Value, key: &str) -> Result<Option<i64>, Status> {
 }
 
 /// Answers GetFlightInfo for a sequence or a topic.
-pub(crate) async fn flight_info(shared: &Shared, connection: &Connection, descriptor: FlightDescriptor) -> Result<FlightInfo, Status> {
+pub(crate) async fn flight_info(
+    shared: &Shared,
+    connection: &Connection,
+    descriptor: FlightDescriptor,
+) -> Result<FlightInfo, Status> {
     let request = request(connection, &descriptor)?;
     let catalog = &shared.lifecycle.catalog;
     let sequence = find_sequence(catalog, &request.locator.sequence)?;
@@ -112,7 +119,12 @@ pub(crate) async fn flight_info(shared: &Shared, connection: &Connection, descri
     Ok(info.with_total_records(i64::try_from(rows).unwrap_or(i64::MAX)))
 }
 
-async fn endpoint(shared: &Shared, request: &Request, topic: &TopicRecord, totals: &TopicTotals) -> Result<FlightEndpoint, Status> {
+async fn endpoint(
+    shared: &Shared,
+    request: &Request,
+    topic: &TopicRecord,
+    totals: &TopicTotals,
+) -> Result<FlightEndpoint, Status> {
     let window = if request.window.is_all() { None } else { Some(window_info(shared, topic, request.window).await?) };
     let metadata = endpoint_metadata(topic, totals, window);
     let endpoint = FlightEndpoint::new().with_app_metadata(metadata.to_string());
@@ -226,7 +238,11 @@ fn topic_schema(shared: &Shared, topic: &TopicRecord) -> Result<Schema, Status> 
 }
 
 /// Answers GetSchema, for a topic only.
-pub(crate) fn get_schema(shared: &Shared, connection: &Connection, descriptor: &FlightDescriptor) -> Result<Schema, Status> {
+pub(crate) fn get_schema(
+    shared: &Shared,
+    connection: &Connection,
+    descriptor: &FlightDescriptor,
+) -> Result<Schema, Status> {
     let request = request(connection, descriptor)?;
     match &request.locator.topic {
         None => Err(invalid("a sequence has no schema; ask for one of its topics")),

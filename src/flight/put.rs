@@ -111,7 +111,11 @@ struct Ingest {
 }
 
 impl Ingest {
-    async fn run(self, mut stream: Streaming<FlightData>, opened: oneshot::Sender<watch::Receiver<Watermark>>) -> Result<(), Status> {
+    async fn run(
+        self,
+        mut stream: Streaming<FlightData>,
+        opened: oneshot::Sender<watch::Receiver<Watermark>>,
+    ) -> Result<(), Status> {
         let upload = self.open(&mut stream).await?;
         let topic = upload.topic.no;
         opened.send(upload.watermark.clone()).ok(); // The client has gone; the stream will say so.
@@ -137,15 +141,18 @@ impl Ingest {
             // Holds no more than the message itself, which is gone after this.
             let _permit = self.monitor.take_permit();
             let Some(message) = message else {
-                return Err(invalid("the stream ended without a schema; the first message carries descriptor and schema"));
+                return Err(invalid(
+                    "the stream ended without a schema; the first message carries descriptor and schema",
+                ));
             };
             descriptor = descriptor.or_else(|| message.flight_descriptor.clone());
             if !message.data_header.is_empty() {
                 break message;
             }
         };
-        let descriptor =
-            descriptor.ok_or_else(|| invalid("DoPut without a descriptor; send a CMD descriptor with resource_locator and topic_uuid"))?;
+        let descriptor = descriptor.ok_or_else(|| {
+            invalid("DoPut without a descriptor; send a CMD descriptor with resource_locator and topic_uuid")
+        })?;
         let (locator, key) = self.target(&descriptor)?;
         let wire = decode::schema(&first.data_header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
@@ -173,7 +180,10 @@ impl Ingest {
             }
             None => {
                 self.connection.note(Hint::Session);
-                (text(command.get("resource_locator"), "resource_locator")?, text(command.get("topic_uuid"), "topic_uuid")?)
+                (
+                    text(command.get("resource_locator"), "resource_locator")?,
+                    text(command.get("topic_uuid"), "topic_uuid")?,
+                )
             }
         };
         Ok((Locator::topic("resource_locator", &locator)?, TopicId(parse_uuid("topic_uuid", &key)?)))
@@ -214,6 +224,9 @@ impl Ingest {
                 Decoded::Batch(rows, decode_permit, permit) => {
                     let batch = check_batch(&upload.schema, &rows, permit, decode_permit, arrived)?;
                     self.shared.stats.record(Station::Decode, arrived.elapsed());
+                    if self.shared.null_sink {
+                        continue;
+                    }
                     let message = Message::Batch { topic: upload.topic.no, batch: Box::new(batch) };
                     lane.send(message).await.map_err(|_| Status::unavailable("the server is shutting down"))?;
                 }
@@ -246,7 +259,8 @@ fn check_batch(
     if times.null_count() > 0 {
         return Err(invalid(format!("column `timestamp_ns` has {} nulls; every row needs a time", times.null_count())));
     }
-    let rows_count = u32::try_from(rows.num_rows()).map_err(|_| invalid("a batch of more than 2^32 rows; send smaller batches"))?;
+    let rows_count =
+        u32::try_from(rows.num_rows()).map_err(|_| invalid("a batch of more than 2^32 rows; send smaller batches"))?;
     let (time, sorted) = time_range(times.values());
     let mark = BatchMark { rows: rows_count, hash: batch_hash(rows) };
     let stored = schema.to_stored(rows).map_err(|error| of_storage(&error))?;

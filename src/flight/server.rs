@@ -48,7 +48,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.socket).poll_write(cx, buf)
     }
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
     }
     fn is_write_vectored(&self) -> bool {
@@ -71,14 +75,16 @@ pub(crate) struct Listeners {
 impl Listeners {
     /// Binds what the configuration names.
     pub(crate) async fn bind(config: &crate::config::Config) -> io::Result<Self> {
-        let tcp = TcpListener::bind(config.listen)
-            .await
-            .map_err(|error| io::Error::new(error.kind(), format!("listen = {}: {error}; is another server there?", config.listen)))?;
+        let tcp = TcpListener::bind(config.listen).await.map_err(|error| {
+            io::Error::new(error.kind(), format!("listen = {}: {error}; is another server there?", config.listen))
+        })?;
         let unix = match &config.unix_socket {
             Some(path) => {
                 // A socket left by a server that died; a living one holds the data directory's lock.
                 std::fs::remove_file(path).ok();
-                let named = |error: io::Error| io::Error::new(error.kind(), format!("unix_socket = {}: {error}", path.display()));
+                let named = |error: io::Error| {
+                    io::Error::new(error.kind(), format!("unix_socket = {}: {error}", path.display()))
+                };
                 Some(UnixListener::bind(path).map_err(named)?)
             }
             None => None,
@@ -92,7 +98,11 @@ impl Listeners {
     }
 
     /// Serves until `stopping` becomes true and open calls have ended.
-    pub(crate) async fn serve(self, shared: Arc<Shared>, stopping: watch::Receiver<bool>) -> Result<(), tonic::transport::Error> {
+    pub(crate) async fn serve(
+        self,
+        shared: Arc<Shared>,
+        stopping: watch::Receiver<bool>,
+    ) -> Result<(), tonic::transport::Error> {
         let tcp = TcpListenerStream::new(self.tcp).map(|socket| {
             socket.map(|socket| {
                 socket.set_nodelay(true).ok(); // Only latency is lost where it cannot be set.

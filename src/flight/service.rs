@@ -32,6 +32,8 @@ pub(crate) struct Shared {
     pub(crate) stats: Arc<Stats>,
     pub(crate) counters: Arc<IoCounters>,
     pub(crate) disk: DiskState,
+    /// For measuring the front alone: batches are decoded and dropped.
+    pub(crate) null_sink: bool,
     /// Runs everything but uploads: a saturated ingest does not delay it.
     pub(crate) control: tokio::runtime::Handle,
     /// Becomes true when the server shuts down.
@@ -58,7 +60,8 @@ impl Shared {
             .collect();
         let memory = limits::memory_sum(&self.config);
         let sum: u64 = memory.iter().map(|(_, bytes)| bytes).sum();
-        let parts: serde_json::Map<String, Value> = memory.into_iter().map(|(name, bytes)| (name.to_owned(), json!(bytes))).collect();
+        let parts: serde_json::Map<String, Value> =
+            memory.into_iter().map(|(name, bytes)| (name.to_owned(), json!(bytes))).collect();
         Ok(json!({
             "version": env!("CARGO_PKG_VERSION"),
             "data_dir": self.config.data_dir,
@@ -103,11 +106,16 @@ impl Shared {
                 bytes += totals.stored_bytes;
             }
         }
-        Ok(json!({ "sequences": sequences.len(), "topics": topics, "rows": rows, "chunks": chunks, "chunk_bytes": bytes }))
+        Ok(
+            json!({ "sequences": sequences.len(), "topics": topics, "rows": rows, "chunks": chunks, "chunk_bytes": bytes }),
+        )
     }
 
     /// Runs work on the control runtime.
-    async fn on_control<T: Send + 'static>(&self, work: impl Future<Output = Result<T, Status>> + Send + 'static) -> Result<T, Status> {
+    async fn on_control<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Status>> + Send + 'static,
+    ) -> Result<T, Status> {
         match self.control.spawn(work).await {
             Ok(result) => result,
             Err(error) => Err(Status::internal(format!("the call's task was lost: {error}"))),
@@ -140,7 +148,10 @@ impl FlightService for Flight {
     type DoActionStream = BoxStream<'static, Result<arrow_flight::Result, Status>>;
     type ListActionsStream = BoxStream<'static, Result<ActionType, Status>>;
 
-    async fn handshake(&self, _request: Request<Streaming<HandshakeRequest>>) -> Result<Response<Self::HandshakeStream>, Status> {
+    async fn handshake(
+        &self,
+        _request: Request<Streaming<HandshakeRequest>>,
+    ) -> Result<Response<Self::HandshakeStream>, Status> {
         Err(Status::unimplemented("Handshake is not needed: no client of this protocol sends it"))
     }
 
@@ -155,7 +166,8 @@ impl FlightService for Flight {
     async fn get_flight_info(&self, request: Request<FlightDescriptor>) -> Result<Response<FlightInfo>, Status> {
         let (shared, connection) = (Arc::clone(&self.shared), connection(&request));
         let descriptor = request.into_inner();
-        let info = self.shared.on_control(async move { list::flight_info(&shared, &connection, descriptor).await }).await?;
+        let info =
+            self.shared.on_control(async move { list::flight_info(&shared, &connection, descriptor).await }).await?;
         Ok(Response::new(info))
     }
 
@@ -168,15 +180,17 @@ impl FlightService for Flight {
         let descriptor = request.into_inner();
         let schema = self.shared.on_control(async move { list::get_schema(&shared, &connection, &descriptor) }).await?;
         let options = arrow::ipc::writer::IpcWriteOptions::default();
-        let message: IpcMessage =
-            SchemaAsIpc::new(&schema, &options).try_into().map_err(|error: arrow::error::ArrowError| Status::internal(error.to_string()))?;
+        let message: IpcMessage = SchemaAsIpc::new(&schema, &options)
+            .try_into()
+            .map_err(|error: arrow::error::ArrowError| Status::internal(error.to_string()))?;
         Ok(Response::new(SchemaResult { schema: message.0 }))
     }
 
     async fn do_get(&self, request: Request<Ticket>) -> Result<Response<Self::DoGetStream>, Status> {
         let shared = Arc::clone(&self.shared);
         let ticket = request.into_inner().ticket;
-        let rows = self.shared.on_control(async move { get::do_get(shared, &ticket).await.map(StreamExt::boxed) }).await?;
+        let rows =
+            self.shared.on_control(async move { get::do_get(shared, &ticket).await.map(StreamExt::boxed) }).await?;
         Ok(Response::new(rows))
     }
 
@@ -187,7 +201,10 @@ impl FlightService for Flight {
         Ok(Response::new(results.boxed()))
     }
 
-    async fn do_exchange(&self, _request: Request<Streaming<FlightData>>) -> Result<Response<Self::DoExchangeStream>, Status> {
+    async fn do_exchange(
+        &self,
+        _request: Request<Streaming<FlightData>>,
+    ) -> Result<Response<Self::DoExchangeStream>, Status> {
         Err(Status::unimplemented("DoExchange is not offered; use DoPut and DoGet"))
     }
 

@@ -60,9 +60,15 @@ mod tests {
     fn each_refusal_has_its_code() {
         check(LifecycleError::AlreadyExists { what: "topic", name: "s/t".into() }, Code::AlreadyExists);
         check(LifecycleError::NotFound { what: "topic", name: "s/t".into() }, Code::NotFound);
-        check(LifecycleError::WrongKey { what: "topic", name: "s/t".into(), key: uuid::Uuid::nil() }, Code::PermissionDenied);
+        check(
+            LifecycleError::WrongKey { what: "topic", name: "s/t".into(), key: uuid::Uuid::nil() },
+            Code::PermissionDenied,
+        );
         check(LifecycleError::Busy { topic: "s/t".into() }, Code::FailedPrecondition);
-        check(LifecycleError::Invalid { key: "name", value: String::new(), why: "is empty".into() }, Code::InvalidArgument);
+        check(
+            LifecycleError::Invalid { key: "name", value: String::new(), why: "is empty".into() },
+            Code::InvalidArgument,
+        );
         let full = StorageError::io("write", "/x", std::io::ErrorKind::StorageFull.into());
         check(LifecycleError::Storage(full), Code::ResourceExhausted);
     }

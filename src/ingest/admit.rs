@@ -108,7 +108,11 @@ impl Pool {
             }
             let (grant, granted) = oneshot::channel();
             let waiter = Waiter { bytes, grant };
-            if bytes <= SMALL_MESSAGE_BYTES { state.small.push_back(waiter) } else { state.big.push_back(waiter) }
+            if bytes <= SMALL_MESSAGE_BYTES {
+                state.small.push_back(waiter)
+            } else {
+                state.big.push_back(waiter)
+            }
             granted
         };
         // Cancel-safety: a grant that finds the claimant gone comes back as a dropped permit.

@@ -88,7 +88,9 @@ impl Live {
     }
 }
 
-type Change = Box<dyn FnOnce(&mut Group, &mut Live) -> Box<dyn FnOnce(&Outcome) + Send> + Send>;
+/// Runs when the group is durable, or is not.
+type Acknowledge = Box<dyn FnOnce(&Outcome) + Send>;
+type Change = Box<dyn FnOnce(&mut Group, &mut Live) -> Acknowledge + Send>;
 
 enum Item {
     Chunk(Box<ChunkCommit>),
@@ -159,7 +161,10 @@ fn stopped() -> StorageError {
 }
 
 /// Starts the committer thread. It ends when all handles are gone.
-pub(crate) fn start(catalog: Catalog, stats: Arc<Stats>) -> std::io::Result<(CommitHandle, std::thread::JoinHandle<()>)> {
+pub(crate) fn start(
+    catalog: Catalog,
+    stats: Arc<Stats>,
+) -> std::io::Result<(CommitHandle, std::thread::JoinHandle<()>)> {
     let (sender, receiver) = lane(limits::COMMIT_LANE_DEPTH);
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let thread = std::thread::Builder::new()
@@ -173,7 +178,7 @@ async fn run(catalog: Catalog, lane: Receiver<Entry>, stats: Arc<Stats>) {
     let mut failed: Option<StorageError> = None;
     while lane.ready().await {
         let mut group = catalog.group();
-        let mut after: Vec<(Instant, Box<dyn FnOnce(&Outcome) + Send>)> = Vec::new();
+        let mut after: Vec<(Instant, Acknowledge)> = Vec::new();
         while group.size_bytes() < limits::COMMIT_GROUP_BYTES_MAX
             && let Some(entry) = lane.try_recv()
         {
@@ -198,7 +203,7 @@ async fn run(catalog: Catalog, lane: Receiver<Entry>, stats: Arc<Stats>) {
 }
 
 /// Puts one entry into the group; what is returned runs when the group is durable, or is not.
-fn apply(group: &mut Group, live: &mut Live, item: Item, stats: &Arc<Stats>) -> Box<dyn FnOnce(&Outcome) + Send> {
+fn apply(group: &mut Group, live: &mut Live, item: Item, stats: &Arc<Stats>) -> Acknowledge {
     match item {
         Item::Change(change) => change(group, live),
         Item::Chunk(commit) => {
@@ -228,7 +233,7 @@ fn acknowledge(
     result: Outcome,
     end: Option<End>,
     reply: oneshot::Sender<Outcome>,
-) -> Box<dyn FnOnce(&Outcome) + Send> {
+) -> Acknowledge {
     let watermark = match (&result, live.topics.get(&topic)) {
         (Ok(()), Some(state)) => Some((Arc::clone(&state.watermark), state.totals)),
         _ => None,

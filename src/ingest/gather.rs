@@ -75,7 +75,11 @@ pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Ve
     }
     match chunk.oldest_unsafe {
         Some(age) if rule.commit_interval <= age => {
-            if floor_bytes(format) <= chunk.data_bytes { Verdict::Close(Why::Time) } else { Verdict::Tail }
+            if floor_bytes(format) <= chunk.data_bytes {
+                Verdict::Close(Why::Time)
+            } else {
+                Verdict::Tail
+            }
         }
         Some(age) => Verdict::Wait(rule.commit_interval - age),
         None => Verdict::Wait(rule.tail_max_age - chunk.oldest),
@@ -97,7 +101,14 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(format: Format, data_bytes: u64, oldest: u64, oldest_unsafe: Option<u64>, gives_way: bool, expected: Verdict) {
+    fn check(
+        format: Format,
+        data_bytes: u64,
+        oldest: u64,
+        oldest_unsafe: Option<u64>,
+        gives_way: bool,
+        expected: Verdict,
+    ) {
         let chunk = OpenChunk { data_bytes, oldest: ms(oldest), oldest_unsafe: oldest_unsafe.map(ms), gives_way };
         assert_eq!(verdict(&RULE, format, &chunk), expected);
     }

@@ -62,7 +62,8 @@ impl StewardHandle {
     }
 
     async fn ask(&self, job: impl FnOnce(oneshot::Sender<Outcome>) -> Job) -> Outcome {
-        let stopped = || StorageError::Directory("the server is stopping; the work is finished at the next start".to_owned());
+        let stopped =
+            || StorageError::Directory("the server is stopping; the work is finished at the next start".to_owned());
         let (reply, answer) = oneshot::channel();
         self.jobs.send(job(reply)).await.map_err(|_| stopped())?;
         answer.await.map_err(|_| stopped())?
@@ -107,7 +108,8 @@ pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, conte
 }
 
 async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: Option<u32>) -> Outcome {
-    let sealed = recover::seal_topic(disk, &context.catalog, &context.data_dir, topic, below, &context.counters).await?;
+    let sealed =
+        recover::seal_topic(disk, &context.catalog, &context.data_dir, topic, below, &context.counters).await?;
     let no = topic.no;
     context
         .committer

@@ -47,6 +47,9 @@ pub(crate) struct Batch {
     pub(crate) sent: Instant,
 }
 
+/// Tells a stream how its upload ended.
+type Answer = oneshot::Sender<Result<(), StorageError>>;
+
 /// What a writer is told.
 pub(crate) enum Message {
     /// A topic begins.
@@ -117,7 +120,7 @@ struct Topic<D: Disk> {
     in_flight: Cell<usize>,
     tail_in_flight: Cell<bool>,
     failed: RefCell<Option<StorageError>>,
-    ending: RefCell<Option<(End, oneshot::Sender<Result<(), StorageError>>)>>,
+    ending: RefCell<Option<(End, Answer)>>,
     forgotten: RefCell<Option<oneshot::Sender<()>>>,
 }
 
@@ -408,19 +411,24 @@ impl<D: Disk> Writer<D> {
         let turn = Turn::take(topic);
         let (writer, topic) = (Rc::clone(self), Rc::clone(topic));
         tokio::task::spawn_local(async move {
-            let Open { mut safe, fresh, marks, safe_marks, safe_bytes, permits, decode_permits, data_bytes, time, sorted, arrivals, .. } =
-                open;
-            let newly = (rows_of(&marks, safe_marks), (marks.len() - safe_marks) as u64, data_bytes - safe_bytes);
-            safe.extend(fresh);
-            let chunk = ChunkRows {
-                batches: safe,
+            let Open {
+                mut safe,
+                fresh,
                 marks,
-                first_batch,
-                first_row,
+                safe_marks,
+                safe_bytes,
+                permits,
+                decode_permits,
                 data_bytes,
                 time,
-                time_sorted: sorted,
-            };
+                sorted,
+                arrivals,
+                ..
+            } = open;
+            let newly = (rows_of(&marks, safe_marks), (marks.len() - safe_marks) as u64, data_bytes - safe_bytes);
+            safe.extend(fresh);
+            let chunk =
+                ChunkRows { batches: safe, marks, first_batch, first_row, data_bytes, time, time_sorted: sorted };
             let result = writer.write_and_commit(&topic, &chunk, end, turn).await;
             // The rows are durable, or their stream ends: their memory goes back now.
             drop((chunk, permits, decode_permits));
@@ -621,7 +629,14 @@ impl<D: Disk> Topic<D> {
         let fresh = std::mem::take(&mut open.fresh);
         let rows = arrow::compute::concat_batches(&self.schema.stored, &fresh)?;
         drop(fresh);
-        let run = TailRun::pack(&rows, first_batch, first_row, marks, open.data_bytes - open.safe_bytes, open.fresh_time.take())?;
+        let run = TailRun::pack(
+            &rows,
+            first_batch,
+            first_row,
+            marks,
+            open.data_bytes - open.safe_bytes,
+            open.fresh_time.take(),
+        )?;
         if rows.num_rows() > 0 {
             open.safe.push(rows);
         }
@@ -659,7 +674,7 @@ impl Open {
     /// Permits follow the memory: joined rows weigh a fraction of the single ones.
     fn shrink_permits(&mut self) {
         let held: usize = self.safe.iter().chain(&self.fresh).map(RecordBatch::get_array_memory_size).sum();
-        let mut held = held as u64 + std::mem::size_of::<BatchMark>() as u64 * self.marks.len() as u64;
+        let mut held = held as u64 + size_of::<BatchMark>() as u64 * self.marks.len() as u64;
         for permits in [&mut self.permits, &mut self.decode_permits].into_iter().flatten() {
             permits.shrink_to(held);
             held = held.saturating_sub(permits.bytes());
@@ -683,12 +698,12 @@ fn coalesce(schema: &TopicSchema, pieces: &mut Vec<RecordBatch>) {
 /// The way to a writer, by topic.
 #[derive(Clone)]
 pub(crate) struct WriterHandles {
-    lanes: Arc<Vec<Sender<Message>>>,
+    lanes: Arc<[Sender<Message>]>,
 }
 
 impl WriterHandles {
     pub(crate) fn new(lanes: Vec<Sender<Message>>) -> Self {
-        Self { lanes: Arc::new(lanes) }
+        Self { lanes: lanes.into() }
     }
 
     /// The writer that owns a topic; it never changes.
@@ -707,4 +722,3 @@ impl WriterHandles {
         }
     }
 }
-

@@ -43,5 +43,5 @@ pub const CATALOG_BLOCK_CACHE_BYTES: usize = 32 << 20;
 /// Write-ahead log kept before families are flushed to let go of it, in bytes.
 pub const CATALOG_WAL_BYTES_MAX: u64 = 256 << 20;
 
-const _: () = assert!(RING_BUFFER_BYTES as u64 % BLOCK_BYTES == 0);
+const _: () = assert!((RING_BUFFER_BYTES as u64).is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(RING_ENTRIES as usize >= 4 * RING_BUFFERS_PER_WRITER);

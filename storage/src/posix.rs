@@ -162,7 +162,7 @@ impl Disk for PosixDisk {
                     Ok(0) => break,
                     Ok(count) => {
                         done += count;
-                        if count as u64 % BLOCK_BYTES != 0 {
+                        if !(count as u64).is_multiple_of(BLOCK_BYTES) {
                             break;
                         }
                     }

@@ -100,7 +100,8 @@ async fn read_range<D: Disk>(disk: &D, path: &Path, at: u64, length: u64) -> Res
         }
     }
     if (out.len() as u64) < length {
-        let short = std::io::Error::new(std::io::ErrorKind::UnexpectedEof, format!("{} of {length} bytes at {at}", out.len()));
+        let short =
+            std::io::Error::new(std::io::ErrorKind::UnexpectedEof, format!("{} of {length} bytes at {at}", out.len()));
         return Err(StorageError::io("read", path, short));
     }
     Ok(Bytes::from(out))
@@ -138,11 +139,23 @@ impl TopicView {
 
     fn sources(&self) -> impl Iterator<Item = Source> {
         let chunks = self.chunks.iter().enumerate().filter_map(|(index, chunk)| {
-            chunk.time.map(|time| Source { place: Place::Chunk(index), time, sorted: chunk.time_sorted, rows: chunk.rows(), data_bytes: chunk.data_bytes })
+            chunk.time.map(|time| Source {
+                place: Place::Chunk(index),
+                time,
+                sorted: chunk.time_sorted,
+                rows: chunk.rows(),
+                data_bytes: chunk.data_bytes,
+            })
         });
         let tail = self.tail.iter().enumerate().filter_map(|(index, run)| {
             let rows = run.end_row() - run.first_row;
-            run.time.map(|time| Source { place: Place::Tail(index), time, sorted: false, rows, data_bytes: run.data_bytes })
+            run.time.map(|time| Source {
+                place: Place::Tail(index),
+                time,
+                sorted: false,
+                rows,
+                data_bytes: run.data_bytes,
+            })
         });
         chunks.chain(tail)
     }
@@ -178,14 +191,16 @@ struct Source {
 /// Groups sources so that the groups follow one another in time; within a group rows must be
 /// merged. Input in arrival order; groups keep it.
 fn groups(sources: impl Iterator<Item = Source>, window: Window) -> VecDeque<Vec<Source>> {
-    let mut sources: Vec<(usize, Source)> = sources.enumerate().filter(|(_, source)| window.meets(source.time)).collect();
+    let mut sources: Vec<(usize, Source)> =
+        sources.enumerate().filter(|(_, source)| window.meets(source.time)).collect();
     sources.sort_by_key(|(arrival, source)| (source.time.0, *arrival));
     let mut groups: VecDeque<Vec<(usize, Source)>> = VecDeque::new();
     let mut end: Option<(i64, usize)> = None;
     for (arrival, source) in sources {
         // Rows of equal time keep arrival order: a source that touches the end of the group may
         // follow it only if it also arrived after all of it.
-        let follows = end.is_none_or(|(time, latest)| source.time.0 > time || (source.time.0 == time && arrival > latest));
+        let follows =
+            end.is_none_or(|(time, latest)| source.time.0 > time || (source.time.0 == time && arrival > latest));
         match groups.back_mut() {
             Some(group) if !follows => group.push((arrival, source)),
             _ => {
@@ -331,7 +346,8 @@ impl RowStream {
                 self.groups.pop_front();
                 continue;
             }
-            let (rows, data_bytes) = group.iter().fold((0, 0), |sum, source| (sum.0 + source.rows, sum.1 + source.data_bytes));
+            let (rows, data_bytes) =
+                group.iter().fold((0, 0), |sum, source| (sum.0 + source.rows, sum.1 + source.data_bytes));
             let row_bytes = (data_bytes / rows.max(1)).max(1);
             let take = usize::try_from((self.target_bytes / row_bytes).max(1)).unwrap_or(usize::MAX).min(order.len());
             let picked: Vec<(u32, u32)> = order.drain(..take).collect();
@@ -350,7 +366,10 @@ impl RowStream {
             let times = batch.column(self.view.schema.time_column).as_primitive::<Int64Type>();
             sorted &= source.sorted;
             keyed.extend(
-                (0_u32..).zip(times.values()).filter(|(_, time)| self.window.holds(**time)).map(|(row, time)| (*time, index, row)),
+                (0_u32..)
+                    .zip(times.values())
+                    .filter(|(_, time)| self.window.holds(**time))
+                    .map(|(row, time)| (*time, index, row)),
             );
         }
         if !sorted {
@@ -373,10 +392,8 @@ impl RowStream {
         if let ([batch], Some(first)) = (batches.as_slice(), contiguous(picked)) {
             return Ok(batch.slice(first, picked.len()));
         }
-        let indices: Vec<(usize, usize)> = picked
-            .iter()
-            .map(|(source, row)| (used.binary_search(source).unwrap_or(0), *row as usize))
-            .collect();
+        let indices: Vec<(usize, usize)> =
+            picked.iter().map(|(source, row)| (used.binary_search(source).unwrap_or(0), *row as usize)).collect();
         let sources: Vec<&RecordBatch> = batches.iter().collect();
         Ok(arrow::compute::interleave_record_batch(&sources, &indices)?)
     }
@@ -429,7 +446,12 @@ mod tests {
         let found: Vec<Vec<usize>> = groups(sources, window)
             .into_iter()
             .map(|group| {
-                group.iter().map(|source| match source.place { Place::Chunk(index) | Place::Tail(index) => index }).collect()
+                group
+                    .iter()
+                    .map(|source| match source.place {
+                        Place::Chunk(index) | Place::Tail(index) => index,
+                    })
+                    .collect()
             })
             .collect();
         assert_eq!(found, expected);

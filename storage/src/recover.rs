@@ -38,7 +38,13 @@ pub async fn seal_topic<D: Disk>(
     let schema = TopicSchema::derive(schema_from_ipc(&message)?)?;
     let mut segments = look.segments(topic.no)?;
     if segments.is_empty() && below.is_none() {
-        segments.push(SegmentRecord { no: 0, id: SegmentId::random(), epoch: 0, end_offset: FIRST_CHUNK_OFFSET, sealed_length: None });
+        segments.push(SegmentRecord {
+            no: 0,
+            id: SegmentId::random(),
+            epoch: 0,
+            end_offset: FIRST_CHUNK_OFFSET,
+            sealed_length: None,
+        });
         create_empty(disk, data_dir, topic, counters).await?;
     }
     segments.retain(|segment| segment.sealed_length.is_none() && below.is_none_or(|below| segment.no < below));
@@ -52,7 +58,9 @@ pub async fn seal_topic<D: Disk>(
         let of_segment: Vec<(ChunkRecord, Vec<FieldStats>)> = chunks
             .iter()
             .filter(|chunk| chunk.segment == record.no)
-            .map(|chunk| Ok((chunk.clone(), look.skip(topic.no, chunk.first_row)?.map(|skip| skip.fields).unwrap_or_default())))
+            .map(|chunk| {
+                Ok((chunk.clone(), look.skip(topic.no, chunk.first_row)?.map(|skip| skip.fields).unwrap_or_default()))
+            })
             .collect::<Result<_>>()?;
         let facts = FooterFacts {
             sequence: sequence.clone(),
@@ -131,7 +139,12 @@ async fn write_padded<D: Disk>(disk: &D, file: &D::File, path: &Path, at: u64, b
 ///
 /// # Errors
 /// When a link cannot be made.
-pub async fn link_browse<D: Disk>(disk: &D, look: &impl Look, data_dir: &Path, sequence: &SequenceRecord) -> Result<()> {
+pub async fn link_browse<D: Disk>(
+    disk: &D,
+    look: &impl Look,
+    data_dir: &Path,
+    sequence: &SequenceRecord,
+) -> Result<()> {
     for topic in look.topics_of(sequence.id)? {
         if topic.completed_at_ns.is_none() {
             continue;

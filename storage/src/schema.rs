@@ -125,15 +125,10 @@ fn retype(array: &ArrayRef, target: &DataType) -> Result<ArrayRef> {
             let DataType::Dictionary(_, values) = array.data_type() else { unreachable!("matched above") };
             retype(&arrow::compute::cast(array, values)?, target)
         }
-        (_, DataType::Dictionary(_, values)) => {
-            Ok(arrow::compute::cast(&retype(array, values)?, target)?)
-        }
+        (_, DataType::Dictionary(_, values)) => Ok(arrow::compute::cast(&retype(array, values)?, target)?),
         (DataType::Struct(from), DataType::Struct(to)) if to.is_empty() || from.is_empty() => {
-            let children = if to.is_empty() {
-                Vec::new()
-            } else {
-                vec![BooleanArray::new_null(array.len()).into_data()]
-            };
+            let children =
+                if to.is_empty() { Vec::new() } else { vec![BooleanArray::new_null(array.len()).into_data()] };
             let data = array.to_data();
             let rebuilt = ArrayData::builder(target.clone())
                 .len(data.len())
@@ -201,7 +196,11 @@ fn storable(field: &Field, path: &str, depth: usize) -> Result<()> {
 
 fn stored_field(field: &FieldRef) -> FieldRef {
     let stored = stored_type(field.data_type());
-    if &stored == field.data_type() { Arc::clone(field) } else { Arc::new(field.as_ref().clone().with_data_type(stored)) }
+    if &stored == field.data_type() {
+        Arc::clone(field)
+    } else {
+        Arc::new(field.as_ref().clone().with_data_type(stored))
+    }
 }
 
 fn stored_type(data_type: &DataType) -> DataType {
@@ -304,7 +303,8 @@ mod tests {
 
     #[test]
     fn union_is_refused_naming_the_field() {
-        let union = DataType::Union(UnionFields::from_fields(vec![Field::new("a", DataType::Int8, true)]), UnionMode::Sparse);
+        let union =
+            DataType::Union(UnionFields::from_fields(vec![Field::new("a", DataType::Int8, true)]), UnionMode::Sparse);
         check_refused(Field::new("choice", union, true), "`choice`");
     }
 
@@ -329,11 +329,9 @@ mod tests {
         let wire = with_time(vec![Field::new("state", dictionary, true)]);
         let schema = TopicSchema::check(Arc::clone(&wire)).expect("storable");
         let states: DictionaryArray<Int8Type> = vec![Some("on"), None, Some("off")].into_iter().collect();
-        let batch = RecordBatch::try_new(
-            Arc::clone(&wire),
-            vec![Arc::new(Int64Array::from(vec![1, 2, 3])), Arc::new(states)],
-        )
-        .expect("batch");
+        let batch =
+            RecordBatch::try_new(Arc::clone(&wire), vec![Arc::new(Int64Array::from(vec![1, 2, 3])), Arc::new(states)])
+                .expect("batch");
         let stored = schema.to_stored(&batch).expect("to stored");
         assert_eq!(stored.column(1).data_type(), &DataType::Utf8);
         assert_eq!(schema.to_wire(&stored).expect("to wire"), batch);
@@ -348,7 +346,8 @@ mod tests {
             .nulls(Some(vec![true, false].into()))
             .build()
             .expect("data");
-        let batch = RecordBatch::try_new(wire, vec![Arc::new(Int64Array::from(vec![1, 2])), make_array(nothing)]).expect("batch");
+        let batch = RecordBatch::try_new(wire, vec![Arc::new(Int64Array::from(vec![1, 2])), make_array(nothing)])
+            .expect("batch");
         let stored = schema.to_stored(&batch).expect("to stored");
         let back = schema.to_wire(&stored).expect("to wire");
         assert_eq!(back.column(1).null_count(), 1);

@@ -162,7 +162,8 @@ pub fn footer(
         .enumerate()
         .map(|(index, (record, fields))| {
             let statistics = stats::for_footer(schema, fields);
-            let group = decode::row_group(descriptor, &record.columns, record.rows(), record.offset, Some(&statistics))?;
+            let group =
+                decode::row_group(descriptor, &record.columns, record.rows(), record.offset, Some(&statistics))?;
             Ok(group.into_builder().set_ordinal(i32::try_from(index).unwrap_or(i32::MAX)).build()?)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -180,13 +181,8 @@ pub fn footer(
         ("flightbox:segment", facts.segment.to_string()),
     ];
     let pairs = pairs.into_iter().map(|(key, value)| KeyValue::new(key.to_owned(), value)).collect();
-    let orders = descriptor
-        .columns()
-        .iter()
-        .map(|column| {
-            ColumnOrder::TYPE_DEFINED_ORDER(column.sort_order())
-        })
-        .collect();
+    let orders =
+        descriptor.columns().iter().map(|column| ColumnOrder::TYPE_DEFINED_ORDER(column.sort_order())).collect();
     let created_by = Some(format!("flightbox {}", env!("CARGO_PKG_VERSION")));
     let file = FileMetaData::new(1, rows, created_by, Some(pairs), Arc::clone(descriptor), Some(orders));
     let metadata = ParquetMetaData::new(file, groups);

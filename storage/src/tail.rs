@@ -83,9 +83,8 @@ impl TailRun {
     pub fn unpack(&self, schema: &SchemaRef) -> Result<RecordBatch> {
         let broken = |text: String| StorageError::Decode { what: "tail run", text };
         let message = arrow::ipc::root_as_message(&self.header).map_err(|error| broken(error.to_string()))?;
-        let header = message
-            .header_as_record_batch()
-            .ok_or_else(|| broken("its header is not a record batch".to_owned()))?;
+        let header =
+            message.header_as_record_batch().ok_or_else(|| broken("its header is not a record batch".to_owned()))?;
         let body = Buffer::from(self.body.as_slice());
         let batch = arrow::ipc::reader::read_record_batch(
             &body,

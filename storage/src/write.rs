@@ -205,7 +205,8 @@ impl<D: Disk> SegmentWriter<D> {
         chunk: &ChunkRows,
     ) -> Result<Pending<D::File>> {
         if self.current.as_ref().is_some_and(|current| {
-            current.poisoned.get() || (current.write_at > FIRST_CHUNK_OFFSET && shared.segment_bytes < current.write_at + chunk.data_bytes)
+            current.poisoned.get()
+                || (current.write_at > FIRST_CHUNK_OFFSET && shared.segment_bytes < current.write_at + chunk.data_bytes)
         }) {
             self.retire();
         }
@@ -243,7 +244,13 @@ impl<D: Disk> SegmentWriter<D> {
         current.write_at = start + padded;
         shared.prealloc.give_back(padded.min(current.allocated.saturating_sub(start)));
         let skip = SkipRecord { fields: stats::collect(&schema.stored, &chunk.batches) };
-        let segment = SegmentRecord { no: current.no, id: current.id, epoch: 0, end_offset: current.write_at, sealed_length: None };
+        let segment = SegmentRecord {
+            no: current.no,
+            id: current.id,
+            epoch: 0,
+            end_offset: current.write_at,
+            sealed_length: None,
+        };
         let written = Written {
             record: trailer.record,
             skip,
@@ -281,7 +288,8 @@ impl<D: Disk> SegmentWriter<D> {
 }
 
 async fn preallocate<D: Disk>(disk: &D, shared: &Shared, current: &mut Current<D::File>, data_bytes: u64) {
-    let step = prealloc_step(current.allocated, current.write_at, data_bytes, shared.segment_bytes, shared.prealloc.left());
+    let step =
+        prealloc_step(current.allocated, current.write_at, data_bytes, shared.segment_bytes, shared.prealloc.left());
     let Some(step) = step else { return };
     // A refusal (a file system without it, a full disk) is no failure: the write itself will tell.
     if disk.allocate(&current.file, current.allocated, step).await.is_ok() {

@@ -15,9 +15,7 @@ use crate::ids::{SequenceId, SessionId, TopicId, TopicNo};
 use crate::limits;
 use crate::tail::TailRun;
 use keys::Family;
-use records::{
-    DeletionRecord, SegmentRecord, SequenceRecord, SessionRecord, TopicRecord, TopicTotals, pack, unpack,
-};
+use records::{DeletionRecord, SegmentRecord, SequenceRecord, SessionRecord, TopicRecord, TopicTotals, pack, unpack};
 use rocksdb::{
     BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode,
     DBWithThreadMode, IteratorMode, MultiThreaded, Options, WriteBatch, WriteBufferManager, WriteOptions,
@@ -70,7 +68,8 @@ impl Catalog {
         let buffers = WriteBufferManager::new_write_buffer_manager(limits::CATALOG_WRITE_BUFFER_BYTES, false);
         options.set_write_buffer_manager(&buffers);
         let cache = Cache::new_lru_cache(limits::CATALOG_BLOCK_CACHE_BYTES);
-        let families = Family::ALL.map(|family| ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache)));
+        let families =
+            Family::ALL.map(|family| ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache)));
         let db = Db::open_cf_descriptors(&options, path, families).map_err(failed("open"))?;
         Ok(Self { db: Arc::new(db) })
     }
@@ -107,8 +106,8 @@ fn family_options(family: Family, cache: &Cache) -> Options {
     options
 }
 
-/// Key and value.
-pub type Pair = (Vec<u8>, Vec<u8>);
+/// Sees key and value of each pair of a scan; `false` ends it.
+pub type Visit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<bool>;
 
 /// Reading, of the catalog as it is or as it is about to be.
 pub trait Look {
@@ -122,7 +121,7 @@ pub trait Look {
     ///
     /// # Errors
     /// When RocksDB cannot read.
-    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()>;
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()>;
 
     /// A record, unpacked.
     ///
@@ -269,7 +268,7 @@ impl Look for Catalog {
         self.db.get_cf(&self.family(family)?, key).map_err(failed("read"))
     }
 
-    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()> {
         let handle = self.family(family)?;
         for pair in self.db.iterator_cf(&handle, IteratorMode::From(from, rocksdb::Direction::Forward)) {
             let (key, value) = pair.map_err(failed("scan"))?;
@@ -305,7 +304,7 @@ impl Look for View<'_> {
         self.snapshot.get_cf(&self.catalog.family(family)?, key).map_err(failed("read"))
     }
 
-    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()> {
         let handle = self.catalog.family(family)?;
         for pair in self.snapshot.iterator_cf(&handle, IteratorMode::From(from, rocksdb::Direction::Forward)) {
             let (key, value) = pair.map_err(failed("scan"))?;
@@ -345,7 +344,10 @@ impl Group {
     ///
     /// # Errors
     /// Whatever the change returns.
-    pub fn change<R, E: From<StorageError>>(&mut self, change: impl FnOnce(&mut Txn<'_>) -> Result<R, E>) -> Result<R, E> {
+    pub fn change<R, E: From<StorageError>>(
+        &mut self,
+        change: impl FnOnce(&mut Txn<'_>) -> Result<R, E>,
+    ) -> Result<R, E> {
         let mut txn = Txn { group: self, ops: Vec::new() };
         let result = change(&mut txn)?;
         let ops = std::mem::take(&mut txn.ops);
@@ -417,7 +419,7 @@ impl Look for Group {
         }
     }
 
-    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()> {
         let mut pairs = BTreeMap::new();
         self.catalog.scan(family, prefix, from, &mut |key, value| {
             if !self.is_gone(family, key) {
@@ -461,7 +463,7 @@ impl Look for Txn<'_> {
         self.group.get(family, key)
     }
 
-    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()> {
         self.group.scan(family, prefix, from, visit)
     }
 }

@@ -101,7 +101,8 @@ pub fn decode(
     let metadata = Arc::new(ParquetMetaData::new(file, vec![group]));
     let metadata = ArrowReaderMetadata::try_new(metadata, ArrowReaderOptions::new())?;
     let batch_rows = usize::try_from(rows).unwrap_or(usize::MAX).max(1);
-    let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes, metadata).with_batch_size(batch_rows).build()?;
+    let reader =
+        ParquetRecordBatchReaderBuilder::new_with_metadata(bytes, metadata).with_batch_size(batch_rows).build()?;
     let mut batches = Vec::new();
     for batch in reader {
         let batch = batch?;

@@ -225,8 +225,13 @@ fn column_record(chunk: &ArrowColumnChunk) -> ColumnRecord {
     }
 }
 
-const ENCODINGS: [Encoding; 5] =
-    [Encoding::PLAIN, Encoding::RLE, Encoding::DELTA_BINARY_PACKED, Encoding::BYTE_STREAM_SPLIT, Encoding::RLE_DICTIONARY];
+const ENCODINGS: [Encoding; 5] = [
+    Encoding::PLAIN,
+    Encoding::RLE,
+    Encoding::DELTA_BINARY_PACKED,
+    Encoding::BYTE_STREAM_SPLIT,
+    Encoding::RLE_DICTIONARY,
+];
 
 fn encoding_bit(encoding: Encoding) -> u32 {
     1_u32 << (encoding as u32)

@@ -317,13 +317,9 @@ pub fn for_footer(schema: &SchemaRef, stats: &[FieldStats]) -> Vec<Option<parque
                 (DataType::Int64 | DataType::Timestamp(TimeUnit::Nanosecond, _), Bounds::Int(low, high)) => {
                     Some(Statistics::int64(Some(*low), Some(*high), None, nulls, false))
                 }
-                (DataType::Int8 | DataType::Int16 | DataType::Int32, Bounds::Int(low, high)) => Some(Statistics::int32(
-                    i32::try_from(*low).ok(),
-                    i32::try_from(*high).ok(),
-                    None,
-                    nulls,
-                    false,
-                )),
+                (DataType::Int8 | DataType::Int16 | DataType::Int32, Bounds::Int(low, high)) => {
+                    Some(Statistics::int32(i32::try_from(*low).ok(), i32::try_from(*high).ok(), None, nulls, false))
+                }
                 // Zero has two signs that compare equal; Parquet asks for the wider one.
                 (DataType::Float64, Bounds::Float(low, high)) if stats.nans == 0 => Some(Statistics::double(
                     Some(if *low == 0.0 { -0.0 } else { *low }),
@@ -443,7 +439,11 @@ mod tests {
 
     #[test]
     fn lists_are_described_over_their_elements() {
-        let lists = ListArray::from_iter_primitive::<Int64Type, _, _>(vec![Some(vec![Some(3), None]), None, Some(vec![Some(7)])]);
+        let lists = ListArray::from_iter_primitive::<Int64Type, _, _>(vec![
+            Some(vec![Some(3), None]),
+            None,
+            Some(vec![Some(7)]),
+        ]);
         check(Arc::new(lists), Bounds::Int(3, 7), 1, 0);
     }
 

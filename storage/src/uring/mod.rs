@@ -103,15 +103,25 @@ fn uring_refused(error: &io::Error) -> String {
 fn probe_direct(dir: &Path) -> Result<(), String> {
     use rustix::fs::{Mode, OFlags};
     let path = dir.join(".direct-probe");
-    let opened = rustix::fs::open(&path, OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
+    let opened = rustix::fs::open(
+        &path,
+        OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC,
+        Mode::RUSR | Mode::WUSR,
+    );
     rustix::fs::unlink(&path).ok(); // Nothing depends on the probe's file; the next start removes it.
     let file = opened.map_err(|error| {
-        format!("the file system of {} refuses O_DIRECT ({error}): writes go through the page cache; use ext4 or XFS", dir.display())
+        format!(
+            "the file system of {} refuses O_DIRECT ({error}): writes go through the page cache; use ext4 or XFS",
+            dir.display()
+        )
     })?;
     let block = AlignedBuf::new();
     let bytes = block.get(..BLOCK_BYTES as usize).unwrap_or(&[]);
     rustix::io::pwrite(&file, bytes, 0).map(|_| ()).map_err(|error| {
-        format!("direct writes of {BLOCK_BYTES} bytes fail in {} ({error}): writes go through the page cache", dir.display())
+        format!(
+            "direct writes of {BLOCK_BYTES} bytes fail in {} ({error}): writes go through the page cache",
+            dir.display()
+        )
     })
 }
 
@@ -223,7 +233,8 @@ fn fd_of(file: &UringFile) -> types::Fd {
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a path with a NUL byte"))
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a path with a NUL byte"))
 }
 
 fn ring_len(len: usize) -> u32 {
@@ -249,7 +260,10 @@ impl UringDisk {
         let direct = if self.direct { OFlags::DIRECT.bits() as i32 } else { 0 };
         let path = c_path(path)?;
         let at = types::Fd(rustix::fs::CWD.as_raw_fd());
-        let entry = opcode::OpenAt::new(at, path.as_ptr()).flags(flags | direct | OFlags::CLOEXEC.bits() as i32).mode(0o640).build();
+        let entry = opcode::OpenAt::new(at, path.as_ptr())
+            .flags(flags | direct | OFlags::CLOEXEC.bits() as i32)
+            .mode(0o640)
+            .build();
         let (opened, _path) = submit(path, entry).await;
         let fd = i32::try_from(opened?).map_err(|_| io::Error::other("a descriptor out of range"))?;
         // SAFETY: the kernel just returned this descriptor to us alone.
@@ -258,7 +272,14 @@ impl UringDisk {
     }
 }
 
-fn write_entry(file: &UringFile, buf: &mut PoolBuf, from: usize, len: usize, at: u64, durability: Durability) -> squeue::Entry {
+fn write_entry(
+    file: &UringFile,
+    buf: &mut PoolBuf,
+    from: usize,
+    len: usize,
+    at: u64,
+    durability: Durability,
+) -> squeue::Entry {
     assert!(from + len <= RING_BUFFER_BYTES, "a write stays inside its buffer");
     let flags = match durability {
         Durability::Now => rustix::io::ReadWriteFlags::DSYNC.bits() as i32,
@@ -268,7 +289,9 @@ fn write_entry(file: &UringFile, buf: &mut PoolBuf, from: usize, len: usize, at:
     // SAFETY: `from` is inside the buffer's allocation, asserted above.
     let start = unsafe { start.add(from) };
     match index {
-        Some(index) => opcode::WriteFixed::new(fd_of(file), start, ring_len(len), index).offset(at as _).rw_flags(flags).build(),
+        Some(index) => {
+            opcode::WriteFixed::new(fd_of(file), start, ring_len(len), index).offset(at as _).rw_flags(flags).build()
+        }
         None => opcode::Write::new(fd_of(file), start, ring_len(len)).offset(at as _).rw_flags(flags).build(),
     }
 }
@@ -362,7 +385,7 @@ impl Disk for UringDisk {
                     Ok(count) => {
                         done += count as usize;
                         // A direct read that ends off a block boundary has met the end of the file.
-                        if count as u64 % BLOCK_BYTES != 0 {
+                        if !(count as u64).is_multiple_of(BLOCK_BYTES) {
                             break;
                         }
                     }

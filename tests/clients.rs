@@ -1,0 +1,48 @@
+//! The published Python clients and readers, unmodified, against the real program.
+//!
+//! `./x test` makes their private environments and says where they are (`TEST_VENVS`).
+
+use crate::harness::Server;
+use std::path::PathBuf;
+use std::process::Command;
+
+fn run_python(generation: &str, script: &str, server: &Server) {
+    let venvs = std::env::var_os("TEST_VENVS").expect("TEST_VENVS is not set: run the tests by `./x test`");
+    let python = PathBuf::from(venvs).join(format!("venv-{generation}/bin/python"));
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/clients").join(script);
+    let output = Command::new(&python)
+        .arg(&script)
+        .args(["127.0.0.1", &server.address.port().to_string()])
+        .arg(server.data())
+        .output()
+        .expect("python runs");
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{} {}:\n{text}", python.display(), script.display());
+    eprintln!("{text}");
+}
+
+#[test]
+fn mosaicolabs_0_7_0_gets_back_10_000_messages_equal() {
+    let mut server = Server::start(&[]);
+    run_python("0.7.0", "sdk_roundtrip.py", &server);
+    server.stop();
+}
+
+#[test]
+fn mosaicolabs_0_5_0_gets_back_10_000_messages_equal() {
+    let mut server = Server::start(&["chunk_bytes=1MiB"]);
+    run_python("0.5.0", "sdk_roundtrip.py", &server);
+    server.stop();
+}
+
+#[test]
+fn plain_pyarrow_speaks_v0_and_gets_every_arrow_type_back_to_the_letter() {
+    let server = Server::start(&["chunk_bytes=64KiB"]);
+    run_python("0.7.0", "arrow_types.py", &server);
+}
+
+#[test]
+fn duckdb_and_pyarrow_open_the_browse_files_and_row_groups_are_block_aligned() {
+    let server = Server::start(&["chunk_bytes=256KiB", "segment_bytes=1MiB"]);
+    run_python("0.7.0", "browse_files.py", &server);
+}

@@ -1,0 +1,11 @@
+//! The one integration binary: the real program, driven over its sockets, and the real clients.
+#![expect(clippy::expect_used, reason = "a test that cannot go on says why and ends")]
+
+mod abort_race;
+mod bad_input;
+mod budget;
+mod clients;
+mod harness;
+mod kill;
+mod tidy;
+mod v0;
