@@ -64,7 +64,6 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
         rule: config.chunk_rule(),
         segment_bytes: config.segment_bytes,
         prealloc: Arc::new(PreallocBudget::new(config.prealloc_bytes)),
-        compression: config.compression,
         budget: budget.clone(),
         committer: committer.clone(),
         steward: steward.clone(),
@@ -73,7 +72,8 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
     };
     let (writers, writer_threads) = start_writers(&config, &disk, &context)?;
     drop(context);
-    let lifecycle = Lifecycle { catalog, committer, writers: writers.clone(), steward, loader };
+    let lifecycle =
+        Lifecycle { catalog, committer, writers: writers.clone(), steward, loader, compression: config.compression };
     let (stop, stopping) = watch::channel(false);
     let shared = Arc::new(Shared {
         config,

@@ -16,7 +16,7 @@ use storage::StorageError;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::{DeletionRecord, SequenceRecord, SessionRecord, TopicRecord};
 use storage::catalog::{Catalog, Look, Txn};
-use storage::chunk::Format;
+use storage::chunk::{Compression, Format, TopicEncoder};
 use storage::ids::{SequenceId, SessionId, TopicId, TopicNo};
 use storage::read::Loader;
 use storage::schema::TopicSchema;
@@ -181,13 +181,15 @@ pub(crate) struct Lifecycle {
     pub(crate) writers: WriterHandles,
     pub(crate) steward: StewardHandle,
     pub(crate) loader: Loader,
+    pub(crate) compression: Compression,
 }
 
 /// What a deletion took away.
 struct Removed {
     ticket: [u8; 16],
     folders: Vec<String>,
-    topics: Vec<TopicNo>,
+    /// The topics, and whether each was being written.
+    topics: Vec<(TopicNo, bool)>,
 }
 
 impl Lifecycle {
@@ -301,7 +303,14 @@ impl Lifecycle {
                 Ok(topic)
             })
             .await?;
-        let open = Message::Open { topic: Box::new(topic.clone()), schema: Arc::clone(&schema), watermark };
+        // The encoder was proven with the schema; making it again here cannot fail for another reason.
+        let encoder = TopicEncoder::new(&schema.stored, topic.format, self.compression)?;
+        let open = Message::Open {
+            topic: Box::new(topic.clone()),
+            schema: Arc::clone(&schema),
+            encoder: Box::new(encoder),
+            watermark,
+        };
         self.writers.of(topic.no).send(open).await.map_err(|_| StorageError::Gone)?;
         Ok(Upload { topic, schema, watermark: receiver })
     }
@@ -420,12 +429,13 @@ impl Lifecycle {
 
     /// After the keys are gone: the rings, the caches, then the files.
     async fn sweep(&self, removed: Removed) -> Result<()> {
-        for topic in &removed.topics {
+        for (topic, written) in removed.topics {
             let (reply, quiet) = oneshot::channel();
-            if self.writers.of(*topic).send(Message::Forget { topic: *topic, reply }).await.is_ok() {
+            let forget = Message::Forget { topic, written, reply };
+            if self.writers.of(topic).send(forget).await.is_ok() {
                 quiet.await.ok(); // A writer that stopped has nothing in its ring.
             }
-            self.loader.forget(*topic);
+            self.loader.forget(topic);
         }
         Ok(self.steward.remove(removed.ticket, removed.folders).await?)
     }
@@ -534,17 +544,14 @@ fn topic_folders(topics: &[TopicRecord]) -> Vec<String> {
 }
 
 fn remove_topics(txn: &mut Txn<'_>, live: &mut Live, topics: &[TopicRecord], folders: Vec<String>) -> Result<Removed> {
+    let mut closed = Vec::with_capacity(topics.len());
     for topic in topics {
-        live.close(topic.no);
+        closed.push((topic.no, live.close(topic.no)));
         txn.delete_topic(topic);
     }
     let record = DeletionRecord { ticket: *Uuid::new_v4().as_bytes(), folders };
     txn.put(Family::Meta, keys::deletion(&record.ticket), &record)?;
-    Ok(Removed {
-        ticket: record.ticket,
-        folders: record.folders,
-        topics: topics.iter().map(|topic| topic.no).collect(),
-    })
+    Ok(Removed { ticket: record.ticket, folders: record.folders, topics: closed })
 }
 
 #[cfg(test)]

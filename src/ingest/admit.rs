@@ -127,23 +127,41 @@ impl Pool {
         Permit { pool: self.clone(), general, small }
     }
 
-    /// What a claim takes from the general and the small part, if it may be served now.
+    /// What a new claim takes from the general and the small part, if it need not queue.
     fn take(&self, state: &mut State, bytes: u64) -> Option<(u64, u64)> {
-        let is_small = bytes <= SMALL_MESSAGE_BYTES;
-        let first_in_line = state.big.is_empty() && (!is_small || state.small.is_empty());
-        if first_in_line && bytes <= state.general_free {
+        if bytes <= SMALL_MESSAGE_BYTES {
+            if state.small.is_empty() { self.take_small(state, bytes) } else { None }
+        } else if state.big.is_empty() {
+            self.take_big(state, bytes)
+        } else {
+            None
+        }
+    }
+
+    /// Serves the first big claim in line.
+    fn take_big(&self, state: &mut State, bytes: u64) -> Option<(u64, u64)> {
+        if bytes <= state.general_free {
             state.general_free -= bytes;
             return Some((bytes, 0));
         }
-        if is_small && state.small.is_empty() && bytes <= state.small_free {
-            state.small_free -= bytes;
-            return Some((0, bytes));
-        }
         let empty = state.general_free == self.shared.general_bytes && state.overdraft == 0;
-        if !is_small && first_in_line && empty && bytes > self.shared.general_bytes {
+        if empty && bytes > self.shared.general_bytes {
             state.overdraft = bytes - self.shared.general_bytes;
             state.general_free = 0;
             return Some((bytes, 0));
+        }
+        None
+    }
+
+    /// Serves the first small claim in line: from the general part while no big one waits for it.
+    fn take_small(&self, state: &mut State, bytes: u64) -> Option<(u64, u64)> {
+        if state.big.is_empty() && bytes <= state.general_free {
+            state.general_free -= bytes;
+            return Some((bytes, 0));
+        }
+        if bytes <= state.small_free {
+            state.small_free -= bytes;
+            return Some((0, bytes));
         }
         None
     }
@@ -166,7 +184,7 @@ impl Pool {
 
     fn serve(&self, state: &mut State, grants: &mut Vec<(oneshot::Sender<Permit>, Permit)>) {
         while let Some(waiter) = state.big.pop_front() {
-            match self.take(state, waiter.bytes) {
+            match self.take_big(state, waiter.bytes) {
                 Some((general, small)) => grants.push((waiter.grant, self.permit(general, small))),
                 None => {
                     state.big.push_front(waiter);
@@ -183,18 +201,6 @@ impl Pool {
                 }
             }
         }
-    }
-
-    fn take_small(&self, state: &mut State, bytes: u64) -> Option<(u64, u64)> {
-        if bytes <= state.small_free {
-            state.small_free -= bytes;
-            return Some((0, bytes));
-        }
-        if state.big.is_empty() && bytes <= state.general_free {
-            state.general_free -= bytes;
-            return Some((bytes, 0));
-        }
-        None
     }
 
     /// Bytes held now.
@@ -287,6 +293,22 @@ mod tests {
         drop(held);
         assert_eq!(pool.held(), 0);
         assert!(!pool.is_short());
+    }
+
+    #[tokio::test]
+    async fn many_that_wait_are_served_in_turn() {
+        let pool = Pool::new(10 * MIB);
+        let held = pool.claim(9 * MIB).await;
+        let mut waiting = Vec::new();
+        for _ in 0..10 {
+            let pool = pool.clone();
+            waiting.push(tokio::spawn(async move { pool.claim(4 * MIB).await.bytes() }));
+            tokio::task::yield_now().await;
+        }
+        drop(held);
+        for claim in waiting {
+            assert_eq!(claim.await.expect("granted"), 4 * MIB);
+        }
     }
 
     #[tokio::test]

@@ -82,9 +82,9 @@ impl Live {
         self.topics.contains_key(&topic)
     }
 
-    /// Closes a topic: entries still under way for it are refused.
-    pub(crate) fn close(&mut self, topic: TopicNo) {
-        self.topics.remove(&topic);
+    /// Closes a topic: entries still under way for it are refused. Says whether it was being written.
+    pub(crate) fn close(&mut self, topic: TopicNo) -> bool {
+        self.topics.remove(&topic).is_some()
     }
 }
 

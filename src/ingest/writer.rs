@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use storage::StorageError;
 use storage::catalog::records::TopicRecord;
-use storage::chunk::{BatchMark, Compression, TopicEncoder};
+use storage::chunk::{BatchMark, TopicEncoder};
 use storage::disk::{Disk, IoCounters};
 use storage::ids::TopicNo;
 use storage::schema::TopicSchema;
@@ -53,13 +53,19 @@ type Answer = oneshot::Sender<Result<(), StorageError>>;
 /// What a writer is told.
 pub(crate) enum Message {
     /// A topic begins.
-    Open { topic: Box<TopicRecord>, schema: Arc<TopicSchema>, watermark: Arc<watch::Sender<Watermark>> },
+    Open {
+        topic: Box<TopicRecord>,
+        schema: Arc<TopicSchema>,
+        encoder: Box<TopicEncoder>,
+        watermark: Arc<watch::Sender<Watermark>>,
+    },
     /// Its next batch.
     Batch { topic: TopicNo, batch: Box<Batch> },
     /// It ends; the answer comes when everything is durable.
     End { topic: TopicNo, end: End, reply: oneshot::Sender<Result<(), StorageError>> },
-    /// It is being deleted; the answer says that nothing of it is in the ring any more.
-    Forget { topic: TopicNo, reply: oneshot::Sender<()> },
+    /// It was deleted; the answer says that nothing of it is in the ring any more. `written`: it was
+    /// open for writing, so that an unknown topic's `Open` is still on its way.
+    Forget { topic: TopicNo, written: bool, reply: oneshot::Sender<()> },
     /// Finish what is under way and stop.
     Stop { reply: oneshot::Sender<()> },
 }
@@ -71,7 +77,6 @@ pub(crate) struct Context {
     pub(crate) rule: ChunkRule,
     pub(crate) segment_bytes: u64,
     pub(crate) prealloc: Arc<PreallocBudget>,
-    pub(crate) compression: Compression,
     pub(crate) budget: Budget,
     pub(crate) committer: CommitHandle,
     pub(crate) steward: StewardHandle,
@@ -129,6 +134,8 @@ struct Writer<D: Disk> {
     disk: D,
     shared: Shared,
     topics: RefCell<HashMap<TopicNo, Rc<Topic<D>>>>,
+    /// Topics that were deleted before their `Open` arrived; bounded by the uploads being opened.
+    overtaken: RefCell<HashMap<TopicNo, oneshot::Sender<()>>>,
     flushes: Cell<usize>,
     /// Woken by every flush that ends.
     progress: tokio::sync::Notify,
@@ -148,6 +155,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         disk,
         shared,
         topics: RefCell::default(),
+        overtaken: RefCell::default(),
         flushes: Cell::new(0),
         progress: tokio::sync::Notify::new(),
     });
@@ -191,7 +199,7 @@ const IDLE_WAIT: Duration = Duration::from_secs(3600);
 impl<D: Disk> Writer<D> {
     fn take(self: &Rc<Self>, message: Message) {
         match message {
-            Message::Open { topic, schema, watermark } => self.open(*topic, schema, watermark),
+            Message::Open { topic, schema, encoder, watermark } => self.open(*topic, schema, *encoder, watermark),
             Message::Batch { topic, batch } => {
                 let topic = self.topics.borrow().get(&topic).cloned();
                 if let Some(topic) = topic {
@@ -210,12 +218,16 @@ impl<D: Disk> Writer<D> {
                     }
                 }
             }
-            Message::Forget { topic, reply } => {
-                let topic = self.topics.borrow().get(&topic).cloned();
+            Message::Forget { topic: no, written, reply } => {
+                let topic = self.topics.borrow().get(&no).cloned();
                 match topic {
                     Some(topic) => {
                         topic.fail(StorageError::Gone);
                         topic.forgotten.replace(Some(reply));
+                    }
+                    // Its `Open` was sent after the change that opened it, and is overtaken.
+                    None if written => {
+                        self.overtaken.borrow_mut().insert(no, reply);
                     }
                     None => {
                         reply.send(()).ok(); // Nothing of it was here; who asked may have gone.
@@ -226,15 +238,18 @@ impl<D: Disk> Writer<D> {
         }
     }
 
-    fn open(&self, record: TopicRecord, schema: Arc<TopicSchema>, watermark: Arc<watch::Sender<Watermark>>) {
-        let encoder = match TopicEncoder::new(&schema.stored, record.format, self.context.compression) {
-            Ok(encoder) => encoder,
-            Err(error) => {
-                // The schema was proven at the front; its stream hears of it at its next batch.
-                watermark.send_modify(|mark| mark.failed = Some(error.clone()));
-                return;
-            }
-        };
+    fn open(
+        &self,
+        record: TopicRecord,
+        schema: Arc<TopicSchema>,
+        encoder: TopicEncoder,
+        watermark: Arc<watch::Sender<Watermark>>,
+    ) {
+        if let Some(reply) = self.overtaken.borrow_mut().remove(&record.no) {
+            watermark.send_modify(|mark| mark.failed = Some(StorageError::Gone));
+            reply.send(()).ok(); // The deletion goes on at the next start if nobody waits.
+            return;
+        }
         let place = SegmentWriter::new(&self.shared, &record);
         let topic = Topic {
             schema,
@@ -341,23 +356,23 @@ impl<D: Disk> Writer<D> {
         answer.await.map_err(|_| StorageError::Gone)?
     }
 
-    /// The upload is over: its segments are sealed in the background, its stream is answered.
-    async fn finish(&self, topic: &Topic<D>, result: Result<(), StorageError>) {
-        let result = match topic.failed.borrow().clone() {
-            Some(cause) => Err(cause),
-            None => result,
-        };
-        let locks = topic.ending.borrow().as_ref().is_some_and(|(end, _)| *end == End::Lock);
-        if !matches!(result, Err(StorageError::Gone)) {
+    /// The upload is over, as the committer has it: its segments are sealed in the background, its
+    /// stream is answered with the first cause of a failure, if there was one.
+    async fn finish(&self, topic: &Topic<D>, committed: Result<(), StorageError>) {
+        let deleted = matches!(committed, Err(StorageError::Gone));
+        let cause = topic.failed.borrow().clone();
+        let ending = topic.ending.take();
+        if !deleted {
             // A locked topic has a file even without rows; one that may be written again gets none.
-            let below = if result.is_ok() && locks { None } else { Some(u32::MAX) };
-            self.context.steward.seal(topic.record.clone(), below).await;
-        }
-        if topic.forgotten.borrow().is_none() {
+            let locked =
+                committed.is_ok() && cause.is_none() && ending.as_ref().is_some_and(|(end, _)| *end == End::Lock);
+            self.context.steward.seal(topic.record.clone(), if locked { None } else { Some(u32::MAX) }).await;
             self.topics.borrow_mut().remove(&topic.record.no);
         }
-        if let Some((_, reply)) = topic.ending.take() {
-            reply.send(result).ok(); // A stream that was cut does not wait.
+        // A deleted topic stays known until the deletion's `Forget` has come: it must not look like
+        // one whose `Open` is still to come.
+        if let Some((_, reply)) = ending {
+            reply.send(cause.map_or(committed, Err)).ok(); // A stream that was cut does not wait.
         }
         self.progress.notify_one();
     }
@@ -446,8 +461,8 @@ impl<D: Disk> Writer<D> {
                 // The chunk with the end in it failed: the topic ends without being locked.
                 Some(_) => {
                     let turn = Turn::take(&topic);
-                    writer.commit_end(&topic, End::Leave, turn).await.ok(); // The first cause is told.
-                    writer.finish(&topic, result).await;
+                    let committed = writer.commit_end(&topic, End::Leave, turn).await;
+                    writer.finish(&topic, committed).await;
                 }
                 None => {}
             }

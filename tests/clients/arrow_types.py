@@ -68,8 +68,8 @@ class Uploader:
         self.sequence = sequence
         self.key = self.action("sequence_create", name=sequence, user_metadata={})["key"]
 
-    def action(self, name: str, **body: Any) -> Any:
-        results = list(self.client.do_action(flight.Action(name, json.dumps(body).encode())))
+    def action(self, action: str, /, **body: Any) -> Any:
+        results = list(self.client.do_action(flight.Action(action, json.dumps(body).encode())))
         return json.loads(results[0].body.to_pybytes()).get("response")
 
     def put(self, topic: str, batches: list[pa.RecordBatch], options: pa.ipc.IpcWriteOptions | None = None) -> None:

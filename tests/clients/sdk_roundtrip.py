@@ -370,6 +370,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("host")
     parser.add_argument("port", type=int)
+    parser.add_argument("data_dir", nargs="?", help="taken and ignored: other checks need it")
     parser.add_argument("--delete", action="store_true", help="delete the sequence at the end")
     arguments = parser.parse_args()
     setup_sdk_logging(level="WARNING")  # The SDK logs many errors instead of raising them.
