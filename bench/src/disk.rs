@@ -1,7 +1,7 @@
 //! The raw disk: aligned direct writes through the ring that flightbox uses, into preallocated files.
 
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 use storage::disk::{Disk, DiskState, Durability};
 use storage::limits::{RING_BUFFER_BYTES, RING_BUFFERS_PER_WRITER};
@@ -10,64 +10,70 @@ use storage::uring::{self, UringDisk};
 /// Rates of one pass.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DiskRates {
-    /// All writes, one sync at the end.
+    /// One sync per segment.
     pub(crate) plain_mib_s: f64,
     /// A sync after each 16 MiB, as a recorder that acknowledges needs it.
     pub(crate) synced_mib_s: f64,
+    /// Each 1 MiB write durable by itself (`RWF_DSYNC`).
+    pub(crate) dsync_mib_s: f64,
 }
 
 const SYNC_EVERY: u64 = 16 << 20;
 const SEGMENT: u64 = 256 << 20;
 
-/// Writes `bytes` twice, in segments like flightbox's, without and with a sync per 16 MiB.
+/// Writes `bytes` three times, in segments like flightbox's: one sync a segment, a sync per 16 MiB, and
+/// every write durable by itself.
 pub(crate) fn measure(scratch: &Path, bytes: u64) -> Result<DiskRates, Box<dyn Error>> {
     let state = uring::probe(scratch, true);
-    let folder = tempfile::tempdir_in(scratch)?;
-    let plain_mib_s = timed(&state, folder.path(), bytes, None)?;
-    let synced_mib_s = timed(&state, folder.path(), bytes, Some(SYNC_EVERY))?;
-    Ok(DiskRates { plain_mib_s, synced_mib_s })
+    Ok(DiskRates {
+        plain_mib_s: timed(&state, scratch, bytes, Mode::SyncAtEnd)?,
+        synced_mib_s: timed(&state, scratch, bytes, Mode::SyncEach16MiB)?,
+        dsync_mib_s: timed(&state, scratch, bytes, Mode::DsyncEachWrite)?,
+    })
 }
 
-fn timed(state: &DiskState, folder: &Path, bytes: u64, sync_every: Option<u64>) -> Result<f64, Box<dyn Error>> {
-    let path = folder.join("raw");
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    SyncAtEnd,
+    SyncEach16MiB,
+    DsyncEachWrite,
+}
+
+fn timed(state: &DiskState, scratch: &Path, bytes: u64, mode: Mode) -> Result<f64, Box<dyn Error>> {
+    // Removed after the clock has stopped: on a mount with `discard` that takes as long as writing.
+    let folder = tempfile::tempdir_in(scratch)?;
+    let path = folder.path().to_owned();
     let state = state.clone();
     let started = Instant::now();
-    std::thread::spawn(move || {
-        uring::run(&state, RING_BUFFERS_PER_WRITER, |disk| write(disk, path, bytes, sync_every))
-    })
-    .join()
-    .map_err(|_| "the disk thread panicked")???;
+    std::thread::spawn(move || uring::run(&state, RING_BUFFERS_PER_WRITER, |disk| write(disk, path, bytes, mode)))
+        .join()
+        .map_err(|_| "the disk thread panicked")???;
     Ok((bytes >> 20) as f64 / started.elapsed().as_secs_f64())
 }
 
-async fn write(disk: UringDisk, path: std::path::PathBuf, bytes: u64, sync_every: Option<u64>) -> std::io::Result<()> {
-    let mut left = bytes;
-    while left > 0 {
-        let segment = left.min(SEGMENT);
-        let file = disk.create(&path).await?;
-        disk.allocate(&file, 0, segment).await?;
+async fn write(disk: UringDisk, folder: PathBuf, bytes: u64, mode: Mode) -> std::io::Result<()> {
+    let durability = if mode == Mode::DsyncEachWrite { Durability::Now } else { Durability::Later };
+    for segment in 0..bytes / SEGMENT {
+        let file = disk.create(&folder.join(segment.to_string())).await?;
+        disk.allocate(&file, 0, SEGMENT).await?;
         let mut writes = Vec::new();
-        let mut at = 0;
-        while at < segment {
+        for at in (0..SEGMENT).step_by(RING_BUFFER_BYTES) {
             let buf = disk.buffer().await;
-            writes.push(tokio_spawn(disk.write(&file, buf, RING_BUFFER_BYTES, at, Durability::Later)));
-            at += RING_BUFFER_BYTES as u64;
-            if sync_every.is_some_and(|every| at % every == 0) {
+            writes.push(spawn(disk.write(&file, buf, RING_BUFFER_BYTES, at, durability)));
+            if mode == Mode::SyncEach16MiB && (at + RING_BUFFER_BYTES as u64).is_multiple_of(SYNC_EVERY) {
                 finish(&mut writes).await?;
                 disk.sync(&file).await?;
             }
         }
         finish(&mut writes).await?;
         disk.sync(&file).await?;
-        std::fs::remove_file(&path)?;
-        left -= segment;
     }
     Ok(())
 }
 
 type Write = tokio::task::JoinHandle<std::io::Result<()>>;
 
-fn tokio_spawn<B: 'static>(write: impl Future<Output = (std::io::Result<()>, B)> + 'static) -> Write {
+fn spawn<B: 'static>(write: impl Future<Output = (std::io::Result<()>, B)> + 'static) -> Write {
     tokio::task::spawn_local(async move { write.await.0 })
 }
 

@@ -64,6 +64,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         let disk = disk::measure(&scratch, arguments.mib << 20)?;
         report.add(pass, "disk", disk.plain_mib_s);
         report.add(pass, "disk_sync_16mib", disk.synced_mib_s);
+        report.add(pass, "disk_dsync_1mib", disk.dsync_mib_s);
         let sink = load::measure(arguments, &scratch, blob_bytes, load::Target::NullSink)?;
         report.add(pass, "null_sink", sink.mib_s);
         let put = load::measure(arguments, &scratch, blob_bytes, load::Target::Flightbox)?;

@@ -56,6 +56,7 @@ impl Report {
 
     fn summary(&self) -> Result<String, std::fmt::Error> {
         let (disk, synced) = (self.median("disk"), self.median("disk_sync_16mib"));
+        let dsync = self.median("disk_dsync_1mib");
         let (sink, put) = (self.median("null_sink"), self.median("flightbox"));
         let limit = disk.min(sink);
         let mut text = String::new();
@@ -64,6 +65,7 @@ impl Report {
         for (name, rate) in [
             ("disk: raw direct writes", disk),
             ("disk: a sync per 16 MiB", synced),
+            ("disk: every 1 MiB write by RWF_DSYNC", dsync),
             ("null sink: same front, decodes and drops", sink),
             ("**flightbox**: durable", put),
         ] {

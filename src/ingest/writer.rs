@@ -480,7 +480,10 @@ impl<D: Disk> Writer<D> {
         let result = self.write_in_turn(topic, chunk, end, &turn).await;
         // Also on failure: the entries behind this one must get their turn and see the failure.
         turn.done();
-        result?.await.map_err(|_| StorageError::Gone)?
+        let (answer, segment) = result?;
+        answer.await.map_err(|_| StorageError::Gone)??;
+        self.seal_below(topic, segment).await;
+        Ok(())
     }
 
     /// Writes the chunk, in a new segment if its first one fails, and queues its commit in order.
@@ -490,7 +493,7 @@ impl<D: Disk> Writer<D> {
         chunk: &ChunkRows,
         end: Option<End>,
         turn: &Turn,
-    ) -> Result<oneshot::Receiver<Result<(), StorageError>>, StorageError> {
+    ) -> Result<(oneshot::Receiver<Result<(), StorageError>>, u32), StorageError> {
         let mut attempt = 1;
         loop {
             let encoding = Instant::now();
@@ -527,8 +530,7 @@ impl<D: Disk> Writer<D> {
                         reply,
                     };
                     self.context.committer.chunk(commit).await?;
-                    self.seal_below(topic, segment.no).await;
-                    return Ok(answer);
+                    return Ok((answer, segment.no));
                 }
                 Err(error) if attempt < limits::CHUNK_ATTEMPTS_MAX && !error.is_full_disk() => {
                     tracing::warn!(topic = %topic.record.locator, %error, attempt, "chunk not written; trying in a new segment");
@@ -539,8 +541,8 @@ impl<D: Disk> Writer<D> {
         }
     }
 
-    /// All chunks of lower segments are in the committer's order before this one: they may be sealed
-    /// once this one is durable; the steward's own commit comes behind it.
+    /// A chunk in this segment is durable, so all chunks of lower ones are: the catalog the steward
+    /// reads has them all.
     async fn seal_below(&self, topic: &Topic<D>, segment: u32) {
         if topic.sealed_below.get() < segment {
             topic.sealed_below.set(segment);

@@ -54,11 +54,11 @@ def main() -> int:
     assert groups > len(files), f"{groups} row groups in {len(files)} files"
     sent = pa.Table.from_batches(batches)
     assert pq.read_table(folder).equals(sent), "pyarrow reads other rows than were sent"
-    query = f"select count(*), min(timestamp_ns), max(timestamp_ns), sum(length(data)), max(point.x) from '{folder}/*.parquet'"
-    found = duckdb.connect().sql(query).fetchone()
+    query = f"select count(*), min(timestamp_ns), max(timestamp_ns), sum(octet_length(data)), max(point.x) from '{folder}/*.parquet'"
+    found = duckdb.connect().execute(query).fetchone()
     rows = BATCHES * ROWS
     assert found == (rows, 0, rows - 1, rows * 1000, ROWS - 1.0), found
-    pruned = duckdb.connect().sql(f"select count(*) from '{folder}/*.parquet' where timestamp_ns < 150").fetchone()
+    pruned = duckdb.connect().execute(f"select count(*) from '{folder}/*.parquet' where timestamp_ns < 150").fetchone()
     assert pruned == (150,), pruned
     print(f"OK {len(files)} files, {groups} row groups, all at block boundaries")
     return 0
