@@ -46,3 +46,11 @@ fn duckdb_and_pyarrow_open_the_browse_files_and_row_groups_are_block_aligned() {
     let server = Server::start(&["chunk_bytes=256KiB", "segment_bytes=1MiB"]);
     run_python("0.7.0", "browse_files.py", &server);
 }
+
+#[test]
+fn gzip_and_deflate_requests_are_taken_over_a_unix_domain_socket() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let socket = format!("unix_socket={}", folder.path().join("socket").display());
+    let server = Server::start_on(folder.path(), &[&socket]);
+    run_python("0.7.0", "gzip_over_unix.py", &server);
+}

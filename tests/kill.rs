@@ -135,3 +135,39 @@ fn inv_5_a_second_recovery_finds_nothing_to_do() {
         assert!(after_first == listing(folder.path()), "the second recovery changed a file");
     });
 }
+
+#[test]
+fn sigterm_in_the_middle_of_an_upload_ends_it_cleanly_with_its_prefix() {
+    run(async {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let mut server = Server::start_on(folder.path(), &[]);
+        let mut client = server.client().await;
+        let key = create_sequence(&mut client, "term").await;
+        let topic = create_topic(&mut client, &key, "term/imu", "default").await;
+        let endless = stream::iter([blob_batch(0, 7, 10)]).chain(stream::pending());
+        let messages = encode(put_descriptor("term/imu", &topic), blob_batch(0, 0, 0).schema(), endless);
+        let mut results = client.do_put(messages).await.expect("put").into_inner();
+        results.message().await.expect("a watermark").expect("one");
+        let stopping = std::thread::spawn(move || server.stop());
+        check_refused(results.message().await, Code::Unavailable, &["shutting down"]);
+        drop((results, client));
+        stopping.join().expect("the server ends well");
+        let server = Server::start_on(folder.path(), &[]);
+        let mut client = server.client().await;
+        assert_eq!(times(&get(&mut client, "term/imu").await.expect("get")), (0..7).collect::<Vec<_>>());
+    });
+}
+
+#[test]
+fn a_second_server_on_the_same_folder_is_refused() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let _server = Server::start_on(folder.path(), &[]);
+    let second = std::process::Command::new(env!("CARGO_BIN_EXE_flightbox"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--data"])
+        .arg(folder.path())
+        .output()
+        .expect("runs");
+    let text = String::from_utf8_lossy(&second.stderr);
+    assert!(!second.status.success());
+    assert!(text.contains("in use by another flightbox"), "{text}");
+}

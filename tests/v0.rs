@@ -186,3 +186,41 @@ fn what_the_ring_wrote_as_chunks_is_what_the_catalog_has() {
         server.stop();
     });
 }
+
+#[test]
+fn without_io_uring_the_same_rows_come_back() {
+    run(async {
+        let mut server = Server::start(&["engine=posix", "chunk_bytes=256KiB", "segment_bytes=1MiB"]);
+        let mut client = server.client().await;
+        let key = create_sequence(&mut client, "plain").await;
+        let topic = create_topic(&mut client, &key, "plain/cam", "image").await;
+        let batches = (0..40).map(|index| blob_batch(index * 10, 10, 10_000)).collect();
+        put(&mut client, "plain/cam", &topic, batches).await.expect("put");
+        assert_eq!(times(&get(&mut client, "plain/cam").await.expect("get")), (0..400).collect::<Vec<_>>());
+        let info = info(&mut client).await;
+        assert_eq!(info["engine"], "posix");
+        assert!(info["notes"][0].as_str().expect("a note").contains("engine"));
+        server.stop();
+    });
+}
+
+#[test]
+fn inv_1_rotated_segments_are_sealed_whole_while_the_upload_goes_on() {
+    run(async {
+        let server = Server::start(&["chunk_bytes=64KiB", "segment_bytes=256KiB"]);
+        let mut client = server.client().await;
+        let key = create_sequence(&mut client, "turn").await;
+        let topic = create_topic(&mut client, &key, "turn/cam", "image").await;
+        let batches = (0..400).map(|index| blob_batch(index * 10, 10, 7000)).collect();
+        put(&mut client, "turn/cam", &topic, batches).await.expect("put");
+        action(&mut client, "sequence_finalize", json!({ "name": "turn", "key": key })).await.expect("finalize");
+        let rows = get(&mut client, "turn/cam").await.expect("get");
+        assert_eq!(times(&rows), (0..4000).collect::<Vec<_>>());
+        let files = files_below(&server.data().join("browse/turn/cam"));
+        assert!(files.len() > 50, "{} segments", files.len());
+        for file in files {
+            let bytes = std::fs::read(&file).expect("a segment");
+            assert!(bytes.starts_with(b"PAR1") && bytes.ends_with(b"PAR1"), "{} has no footer", file.display());
+        }
+    });
+}
