@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use storage::catalog::records::TopicRecord;
 use storage::catalog::{Catalog, Look};
 use storage::disk::{Disk, DiskState, Engine, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
@@ -277,36 +278,68 @@ struct Recovered {
 /// makes links again. A second pass finds nothing to do.
 async fn recover_all(config: &Config, catalog: &Catalog, steward: &StewardHandle) -> Result<Recovered, AnyError> {
     let mut done = Recovered::default();
+    // One file that cannot be handled is reported and left for the next start: it must not keep the
+    // appliance from starting (INV-9).
     for deletion in catalog.deletions()? {
-        steward.remove(deletion.ticket, deletion.folders).await?;
-        done.deletions_finished += 1;
+        match steward.remove(deletion.ticket, deletion.folders).await {
+            Ok(()) => done.deletions_finished += 1,
+            Err(error) => tracing::warn!(%error, "a deletion could not be finished"),
+        }
     }
     for orphan in recover::orphans(catalog, &config.data_dir)? {
-        tracing::info!(path = %orphan.display(), "removed: no record owns it");
         let removed = if orphan.is_dir() { std::fs::remove_dir_all(&orphan) } else { std::fs::remove_file(&orphan) };
-        removed.map_err(|error| StorageError::io("remove", &orphan, error))?;
-        done.orphans_removed += 1;
+        match removed {
+            Ok(()) => {
+                tracing::info!(path = %orphan.display(), "removed: no record owns it");
+                done.orphans_removed += 1;
+            }
+            Err(error) => {
+                tracing::warn!(path = %orphan.display(), %error, "no record owns it, and it cannot be removed")
+            }
+        }
     }
     for sequence in catalog.sequences()? {
         for topic in catalog.topics_of(sequence.id)? {
-            let totals = catalog.totals(topic.no)?;
-            let locked = topic.completed_at_ns.is_some();
-            let segments = catalog.segments(topic.no)?;
-            if segments.iter().any(|segment| segment.sealed_length.is_none()) || (locked && segments.is_empty()) {
-                steward.seal_recovered(topic.clone(), locked).await?;
-                done.sealed_topics += 1;
-            }
-            if !locked && totals.batches > 0 {
-                tracing::info!(topic = %topic.locator, rows = totals.rows, batches = totals.batches, "interrupted topic: its durable prefix is kept");
-                done.interrupted_topics += 1;
-                done.interrupted_rows += totals.rows;
-            }
+            recover_topic(catalog, steward, topic, &mut done).await?;
         }
-        if is_locked(&catalog.sessions_of(sequence.id)?) {
-            steward.link(sequence).await?;
+        let name = sequence.name.clone();
+        if is_locked(&catalog.sessions_of(sequence.id)?)
+            && let Err(error) = steward.link(sequence).await
+        {
+            tracing::warn!(sequence = name, %error, "browse links not made");
         }
     }
     Ok(done)
+}
+
+async fn recover_topic(
+    catalog: &Catalog,
+    steward: &StewardHandle,
+    topic: TopicRecord,
+    done: &mut Recovered,
+) -> Result<(), AnyError> {
+    let totals = catalog.totals(topic.no)?;
+    let locked = topic.completed_at_ns.is_some();
+    let segments = catalog.segments(topic.no)?;
+    if !locked && totals.batches > 0 {
+        tracing::info!(
+            topic = %topic.locator,
+            rows = totals.rows,
+            batches = totals.batches,
+            "interrupted topic: its durable prefix is kept"
+        );
+        done.interrupted_topics += 1;
+        done.interrupted_rows += totals.rows;
+    }
+    if segments.iter().any(|segment| segment.sealed_length.is_none()) || (locked && segments.is_empty()) {
+        let locator = topic.locator.clone();
+        match steward.seal_recovered(topic, locked).await {
+            Ok(()) => done.sealed_topics += 1,
+            // Readable all the same: the catalog has its chunks.
+            Err(error) => tracing::warn!(topic = locator, %error, "segment not sealed"),
+        }
+    }
+    Ok(())
 }
 
 async fn serve(

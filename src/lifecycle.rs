@@ -89,6 +89,9 @@ impl Locator {
             if part.len() > limits::NAME_PART_BYTES_MAX {
                 return Err(invalid(&format!("has a part longer than {} bytes", limits::NAME_PART_BYTES_MAX)));
             }
+            if part.ends_with(".parquet") {
+                return Err(invalid("has a part that ends in `.parquet`: such names belong to files in `browse/`"));
+            }
             if part.chars().any(|c| c.is_control() || c == ':' || c == '\\') {
                 return Err(invalid("has a control character, `:` or `\\`; use letters, digits, `_`, `-`, `.`"));
             }
@@ -289,6 +292,9 @@ impl Lifecycle {
         schema: Arc<TopicSchema>,
         message: Vec<u8>,
     ) -> Result<Upload> {
+        let found = find_topic(&self.catalog, &locator)?;
+        // Before the topic is opened: once it is open, nothing may fail any more.
+        let encoder = TopicEncoder::new(&schema.stored, found.format, self.compression)?;
         let (watermark, receiver) = watch::channel(Watermark::default());
         let watermark = Arc::new(watermark);
         let for_committer = Arc::clone(&watermark);
@@ -303,8 +309,6 @@ impl Lifecycle {
                 Ok(topic)
             })
             .await?;
-        // The encoder was proven with the schema; making it again here cannot fail for another reason.
-        let encoder = TopicEncoder::new(&schema.stored, topic.format, self.compression)?;
         let open = Message::Open {
             topic: Box::new(topic.clone()),
             schema: Arc::clone(&schema),
@@ -539,7 +543,7 @@ fn remove_sequence(txn: &mut Txn<'_>, live: &mut Live, sequence: &SequenceRecord
 fn topic_folders(topics: &[TopicRecord]) -> Vec<String> {
     topics
         .iter()
-        .flat_map(|topic| [format!("browse/{}", topic.locator), format!("sequences/{}/{}", topic.sequence, topic.id)])
+        .flat_map(|topic| [format!("browse/{}/*", topic.locator), format!("sequences/{}/{}", topic.sequence, topic.id)])
         .collect()
 }
 
@@ -575,7 +579,9 @@ mod tests {
 
     #[test]
     fn unsafe_names_are_refused() {
-        for text in ["", "/", "//x", "a//b", "a/", "..", "a/../b", "a/.", "a\0b", "a/\n", "a:b", "a\\b"] {
+        for text in
+            ["a/000000.parquet", "", "/", "//x", "a//b", "a/", "..", "a/../b", "a/.", "a\0b", "a/\n", "a:b", "a\\b"]
+        {
             check(text, None);
         }
         check(&"x".repeat(256), None);

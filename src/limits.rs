@@ -85,7 +85,7 @@ pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
     let buffers = writers * storage::limits::RING_BUFFERS_PER_WRITER as u64
         + 2 * storage::limits::RING_BUFFERS_PER_SERVICE as u64;
     let receive = config.memory_budget_bytes - config.memory_budget_bytes / 4;
-    let decode = config.memory_budget_bytes / 4;
+    let decode = config.memory_budget_bytes / 8;
     vec![
         ("messages_and_batches", config.memory_budget_bytes),
         // One request larger than its pool, admitted when the pool is empty.
@@ -96,6 +96,8 @@ pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
         ("encode", writers * (config.chunk_bytes + config.message_bytes_max)),
         ("ring_buffers", buffers * storage::limits::RING_BUFFER_BYTES as u64),
         ("read_cache", config.read_cache_bytes),
+        // Raw and decoded at once, for each chunk being loaded.
+        ("reads", storage::limits::CHUNKS_LOADING_MAX as u64 * 2 * config.chunk_bytes),
         ("outgoing", u64::from(config.streams_max) * OUTGOING_BATCH_BYTES / 8),
         (
             "catalog",

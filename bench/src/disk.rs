@@ -23,12 +23,12 @@ const SEGMENT: u64 = 256 << 20;
 
 /// Writes `bytes` three times, in segments like flightbox's: one sync a segment, a sync per 16 MiB, and
 /// every write durable by itself.
-pub(crate) fn measure(scratch: &Path, bytes: u64) -> Result<DiskRates, Box<dyn Error>> {
+pub(crate) fn measure(scratch: &Path, bytes: u64, files: usize) -> Result<DiskRates, Box<dyn Error>> {
     let state = uring::probe(scratch, true);
     Ok(DiskRates {
-        plain_mib_s: timed(&state, scratch, bytes, Mode::SyncAtEnd)?,
-        synced_mib_s: timed(&state, scratch, bytes, Mode::SyncEach16MiB)?,
-        dsync_mib_s: timed(&state, scratch, bytes, Mode::DsyncEachWrite)?,
+        plain_mib_s: timed(&state, scratch, (bytes, files), Mode::SyncAtEnd)?,
+        synced_mib_s: timed(&state, scratch, (bytes, files), Mode::SyncEach16MiB)?,
+        dsync_mib_s: timed(&state, scratch, (bytes, files), Mode::DsyncEachWrite)?,
     })
 }
 
@@ -39,16 +39,34 @@ enum Mode {
     DsyncEachWrite,
 }
 
-fn timed(state: &DiskState, scratch: &Path, bytes: u64, mode: Mode) -> Result<f64, Box<dyn Error>> {
+fn timed(state: &DiskState, scratch: &Path, (bytes, files): (u64, usize), mode: Mode) -> Result<f64, Box<dyn Error>> {
     // Removed after the clock has stopped: on a mount with `discard` that takes as long as writing.
     let folder = tempfile::tempdir_in(scratch)?;
     let path = folder.path().to_owned();
     let state = state.clone();
+    crate::rest();
     let started = Instant::now();
-    std::thread::spawn(move || uring::run(&state, RING_BUFFERS_PER_WRITER, |disk| write(disk, path, bytes, mode)))
-        .join()
-        .map_err(|_| "the disk thread panicked")???;
+    std::thread::spawn(move || {
+        uring::run(&state, RING_BUFFERS_PER_WRITER, |disk| write_all(disk, path, (bytes, files), mode))
+    })
+    .join()
+    .map_err(|_| "the disk thread panicked")???;
     Ok((bytes >> 20) as f64 / started.elapsed().as_secs_f64())
+}
+
+/// As many files at once as the load has streams: one file alone is slower than the device.
+async fn write_all(disk: UringDisk, folder: PathBuf, (bytes, files): (u64, usize), mode: Mode) -> std::io::Result<()> {
+    let mut tasks: Vec<Write> = (0..files)
+        .map(|file| {
+            let folder = folder.join(file.to_string());
+            let disk = disk.clone();
+            tokio::task::spawn_local(async move {
+                std::fs::create_dir(&folder)?;
+                write(disk, folder, bytes / files as u64, mode).await
+            })
+        })
+        .collect();
+    finish(&mut tasks).await
 }
 
 async fn write(disk: UringDisk, folder: PathBuf, bytes: u64, mode: Mode) -> std::io::Result<()> {
@@ -58,7 +76,11 @@ async fn write(disk: UringDisk, folder: PathBuf, bytes: u64, mode: Mode) -> std:
         disk.allocate(&file, 0, SEGMENT).await?;
         let mut writes = Vec::new();
         for at in (0..SEGMENT).step_by(RING_BUFFER_BYTES) {
-            let buf = disk.buffer().await;
+            let mut buf = disk.buffer().await;
+            // As the load's blobs: storage below may treat zeros in its own way.
+            if buf.first() == Some(&0) {
+                buf.iter_mut().enumerate().for_each(|(index, byte)| *byte = (index * 31 % 251 + 1) as u8);
+            }
             writes.push(spawn(disk.write(&file, buf, RING_BUFFER_BYTES, at, durability)));
             if mode == Mode::SyncEach16MiB && (at + RING_BUFFER_BYTES as u64).is_multiple_of(SYNC_EVERY) {
                 finish(&mut writes).await?;

@@ -53,6 +53,7 @@ pub(crate) fn measure(
     let folder = tempfile::tempdir_in(scratch)?;
     let server = start(&arguments.server, folder.path(), target)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    crate::rest();
     runtime.block_on(load(arguments, &server.1, blob_bytes))
 }
 

@@ -5,7 +5,7 @@
 //! claimed before it is allocated. No copy of the body where alignment allows.
 
 use crate::flight::status::invalid;
-use crate::ingest::admit::{Permit, Pool};
+use crate::ingest::admit::{Budget, Permit};
 use arrow::array::{Array, ArrayRef, AsArray, BufferSpec, RecordBatch, layout};
 use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Schema, SchemaRef};
@@ -20,10 +20,10 @@ use tonic::Status;
 pub(crate) struct Decoder {
     schema: SchemaRef,
     dictionaries: HashMap<i64, ArrayRef>,
-    /// What the dictionaries hold.
-    dictionary_permits: HashMap<i64, (Permit, Option<Permit>)>,
+    /// What the dictionaries hold; several for one that grows by deltas.
+    dictionary_permits: HashMap<i64, Vec<Permit>>,
     batch_memory_max: u64,
-    pool: Pool,
+    budget: Budget,
 }
 
 /// A decoded message.
@@ -36,8 +36,8 @@ pub(crate) enum Decoded {
 
 impl Decoder {
     /// A decoder for a stream of this schema.
-    pub(crate) fn new(schema: SchemaRef, batch_memory_max: u64, pool: Pool) -> Self {
-        Self { schema, dictionaries: HashMap::new(), dictionary_permits: HashMap::new(), batch_memory_max, pool }
+    pub(crate) fn new(schema: SchemaRef, batch_memory_max: u64, budget: Budget) -> Self {
+        Self { schema, dictionaries: HashMap::new(), dictionary_permits: HashMap::new(), batch_memory_max, budget }
     }
 
     /// Checks and decodes one message that is not a schema.
@@ -84,10 +84,14 @@ impl Decoder {
                     .header_as_dictionary_batch()
                     .ok_or_else(|| invalid("the message header is not a dictionary"))?;
                 let batch = dictionary.data().ok_or_else(|| invalid("the dictionary message has no data"))?;
-                let weight = check_layout(&batch, &body, self.batch_memory_max)?
-                    + if aligned(&body) { 0 } else { body.len() as u64 };
-                let (id, version) = (dictionary.id(), message.version());
-                let decode_permit = self.claim(weight).await;
+                let weight = check_layout(&batch, &body, self.batch_memory_max)? + body.len() as u64;
+                let (id, version, delta) = (dictionary.id(), message.version(), dictionary.isDelta());
+                let held = self.budget.dictionaries.try_claim(weight).ok_or_else(|| {
+                    Status::resource_exhausted(format!(
+                        "a dictionary of {weight} bytes does not fit the eighth of memory_budget that dictionaries share; \
+                         send plain values, smaller dictionaries, or fewer streams with dictionaries"
+                    ))
+                })?;
                 let message = parse(header)?;
                 let dictionary = message
                     .header_as_dictionary_batch()
@@ -97,7 +101,12 @@ impl Decoder {
                     let body = Buffer::from(body);
                     ipc::reader::read_dictionary(&body, dictionary, schema, dictionaries, &version)
                 })?;
-                self.dictionary_permits.insert(id, (permit, decode_permit));
+                let permits = self.dictionary_permits.entry(id).or_default();
+                if !delta {
+                    permits.clear();
+                }
+                permits.push(held);
+                drop(permit);
                 Ok(Decoded::Dictionary)
             }
             ipc::MessageHeader::Schema => Err(invalid(
@@ -108,7 +117,7 @@ impl Decoder {
     }
 
     async fn claim(&self, bytes: u64) -> Option<Permit> {
-        if bytes == 0 { None } else { Some(self.pool.claim(bytes).await) }
+        if bytes == 0 { None } else { Some(self.budget.decode.claim(bytes).await) }
     }
 
     /// What the dictionaries' values will weigh once they are taken out of their dictionaries.
@@ -140,8 +149,18 @@ fn expanded_array(array: &ArrayRef) -> u64 {
         DataType::List(_) => expanded_array(array.as_list::<i32>().values()),
         DataType::LargeList(_) => expanded_array(array.as_list::<i64>().values()),
         DataType::FixedSizeList(_, _) => expanded_array(array.as_fixed_size_list().values()),
+        DataType::ListView(_) => expanded_array(array.as_list_view::<i32>().values()),
+        DataType::LargeListView(_) => expanded_array(array.as_list_view::<i64>().values()),
+        DataType::Map(_, _) => array.as_map().entries().columns().iter().map(expanded_array).sum(),
+        // Many views may show the same bytes; on disk each has its own.
+        DataType::Utf8View => shared_bytes(array.as_string_view().lengths(), array),
+        DataType::BinaryView => shared_bytes(array.as_binary_view().lengths(), array),
         _ => 0,
     }
+}
+
+fn shared_bytes(lengths: impl Iterator<Item = u32>, array: &ArrayRef) -> u64 {
+    lengths.map(u64::from).sum::<u64>().saturating_sub(array.get_buffer_memory_size() as u64)
 }
 
 /// Reads the schema of a stream's first message.
@@ -211,8 +230,18 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], batch_memory_max: u64
             "the batch claims {total} uncompressed bytes, over the limit of {batch_memory_max} (setting batch_memory_max); send smaller batches"
         )));
     }
+    // A value takes at least a bit, except where its type has no bytes at all.
+    let values_max = (8 * total.max(body.len() as u64)).max(VALUES_WITHOUT_BYTES_MAX);
+    for node in batch.nodes().into_iter().flatten() {
+        if node.length().unsigned_abs() > values_max {
+            return Err(invalid(format!("a column claims {} values in a body of {} bytes", node.length(), body.len())));
+        }
+    }
     Ok(total)
 }
+
+/// Values that a column may claim without bytes behind them (nulls, empty structs).
+const VALUES_WITHOUT_BYTES_MAX: u64 = 1 << 20;
 
 /// Bytes of the buffers whose elements need an alignment: arrow-ipc copies them out of a body that
 /// lies badly. Bytes of texts and blobs need none.

@@ -18,7 +18,8 @@ use crate::stats::{Station, Stats};
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::Int64Type;
 use arrow_flight::{FlightData, PutResult};
-use futures::Stream;
+use futures::{FutureExt, Stream};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -120,7 +121,9 @@ impl Ingest {
         let topic = upload.topic.no;
         opened.send(upload.watermark.clone()).ok(); // The client has gone; the stream will say so.
         Stats::add(&self.shared.stats.uploads, 1);
-        let received = self.receive(&mut stream, &upload).await;
+        // Whatever happens to the stream, its topic gets an end.
+        let received = AssertUnwindSafe(self.receive(&mut stream, &upload)).catch_unwind().await;
+        let received = received.unwrap_or_else(|_| Err(Status::internal("the upload made its task panic")));
         let end = match received {
             Ok(UploadEnd::Clean) => End::Lock,
             Ok(UploadEnd::Broken) | Err(_) => End::Leave,
@@ -192,8 +195,11 @@ impl Ingest {
     /// Takes batches until the stream ends or something fails.
     async fn receive(&self, stream: &mut Streaming<FlightData>, upload: &Upload) -> Result<UploadEnd, Status> {
         let lane = self.shared.lifecycle.writers.of(upload.topic.no);
-        let pool = self.shared.budget.decode.clone();
-        let mut decoder = Decoder::new(Arc::clone(&upload.schema.wire), self.shared.config.batch_memory_max, pool);
+        let mut decoder = Decoder::new(
+            Arc::clone(&upload.schema.wire),
+            self.shared.config.batch_memory_max,
+            self.shared.budget.clone(),
+        );
         let mut watermark = upload.watermark.clone();
         let mut stopping = self.shared.stopping.clone();
         loop {

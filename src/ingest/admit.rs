@@ -6,7 +6,7 @@
 //! for themselves, so a slow topic never waits behind 45 MiB. Each stream has one claim at a time,
 //! so the queue of big claims is served round robin by topic.
 //!
-//! There are two pools. *receive* covers messages as they come from the socket. *decode* covers
+//! There are two pools to wait for. *receive* covers messages as they come from the socket. *decode* covers
 //! what decoding adds (uncompressed bodies, copies for alignment, dictionaries' values). A claim on
 //! *decode* may be made while holding *receive*, never the other way round, and what holds *decode*
 //! waits only for the disk: so the two cannot wait for each other.
@@ -23,18 +23,20 @@ pub(crate) struct Budget {
     pub(crate) receive: Pool,
     /// What decoding adds to them.
     pub(crate) decode: Pool,
+    /// Dictionaries, which live as long as their streams: refused when it is full, never waited for.
+    pub(crate) dictionaries: Pool,
 }
 
 impl Budget {
-    /// Splits `bytes`: three quarters to receive, one quarter to decode.
+    /// Splits `bytes`: three quarters to receive, an eighth each to decode and to dictionaries.
     pub(crate) fn new(bytes: u64) -> Self {
-        let decode = bytes / 4;
-        Self { receive: Pool::new(bytes - decode), decode: Pool::new(decode) }
+        let eighth = bytes / 8;
+        Self { receive: Pool::new(bytes - 2 * eighth), decode: Pool::new(eighth), dictionaries: Pool::new(eighth) }
     }
 
     /// Bytes held now.
     pub(crate) fn held(&self) -> u64 {
-        self.receive.held() + self.decode.held()
+        self.receive.held() + self.decode.held() + self.dictionaries.held()
     }
 
     /// Whether open chunks should close early: somebody waits, or three quarters are held.
@@ -123,6 +125,12 @@ impl Pool {
         }
     }
 
+    /// Takes `bytes` if they are free now and nobody waits for them.
+    pub(crate) fn try_claim(&self, bytes: u64) -> Option<Permit> {
+        let taken = self.take(&mut self.lock(), bytes);
+        taken.map(|(general, small)| self.permit(general, small))
+    }
+
     fn permit(&self, general: u64, small: u64) -> Permit {
         Permit { pool: self.clone(), general, small }
     }
@@ -184,6 +192,9 @@ impl Pool {
 
     fn serve(&self, state: &mut State, grants: &mut Vec<(oneshot::Sender<Permit>, Permit)>) {
         while let Some(waiter) = state.big.pop_front() {
+            if waiter.grant.is_closed() {
+                continue;
+            }
             match self.take_big(state, waiter.bytes) {
                 Some((general, small)) => grants.push((waiter.grant, self.permit(general, small))),
                 None => {
@@ -193,6 +204,9 @@ impl Pool {
             }
         }
         while let Some(waiter) = state.small.pop_front() {
+            if waiter.grant.is_closed() {
+                continue;
+            }
             match self.take_small(state, waiter.bytes) {
                 Some((general, small)) => grants.push((waiter.grant, self.permit(general, small))),
                 None => {

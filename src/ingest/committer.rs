@@ -264,7 +264,9 @@ fn apply_chunk(
     end: Option<End>,
 ) -> Outcome {
     let state = live.topics.get_mut(&topic).ok_or(StorageError::Gone)?;
-    assert_eq!(record.first_batch, state.totals.chunk_batches, "chunks of a topic are committed in batch order");
+    if record.first_batch != state.totals.chunk_batches {
+        return Err(out_of_order(topic, record.first_batch, state.totals.chunk_batches));
+    }
     let mut totals = state.totals;
     totals.chunks += 1;
     totals.chunk_batches = record.end_batch;
@@ -277,7 +279,12 @@ fn apply_chunk(
     totals.data_bytes = chunk_data_bytes;
     group.change(|txn| {
         txn.put_chunk(topic, record, skip)?;
-        txn.put(Family::Segments, keys::segment(topic, segment.no), &segment)?;
+        // A chunk that was written again may lie behind one that is committed after it: the end of a
+        // segment never moves back, or a footer would be written over an acknowledged chunk.
+        let key = keys::segment(topic, segment.no);
+        let before: Option<SegmentRecord> = txn.record(Family::Segments, &key)?;
+        let end_offset = before.map_or(segment.end_offset, |before| before.end_offset.max(segment.end_offset));
+        txn.put(Family::Segments, key, &SegmentRecord { end_offset, ..segment })?;
         write_end(txn, topic, &totals, end)
     })?;
     state.totals = totals;
@@ -285,9 +292,17 @@ fn apply_chunk(
     Ok(())
 }
 
+/// A hole in a topic's batches (INV-2): the entry before this one failed.
+fn out_of_order(topic: TopicNo, found: u64, expected: u64) -> StorageError {
+    let text = format!("topic {topic}: batch {found} came where {expected} is next");
+    StorageError::Catalog { op: "commit", text }
+}
+
 fn apply_tail(group: &mut Group, live: &mut Live, topic: TopicNo, run: &TailRun) -> Outcome {
     let state = live.topics.get_mut(&topic).ok_or(StorageError::Gone)?;
-    assert_eq!(run.first_batch, state.totals.batches, "tail runs of a topic are committed in batch order");
+    if run.first_batch != state.totals.batches {
+        return Err(out_of_order(topic, run.first_batch, state.totals.batches));
+    }
     let mut totals = state.totals;
     totals.rows = run.end_row();
     totals.batches = run.end_batch();

@@ -14,8 +14,10 @@ use crate::ingest::steward::StewardHandle;
 use crate::limits;
 use crate::stats::{Station, Stats};
 use arrow::array::RecordBatch;
+use futures::FutureExt;
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -120,6 +122,8 @@ struct Topic<D: Disk> {
     place: Mutex<SegmentWriter<D>>,
     /// Segments below this number were handed to the steward.
     sealed_below: Cell<u32>,
+    /// Chunks that lie in each segment and are not committed yet.
+    pending: RefCell<BTreeMap<u32, usize>>,
     /// Resolves when the entry before has its place in the committer's order.
     turn: RefCell<Option<oneshot::Receiver<()>>>,
     in_flight: Cell<usize>,
@@ -259,6 +263,7 @@ impl<D: Disk> Writer<D> {
             next: Cell::new((0, 0)),
             place: Mutex::new(place),
             sealed_below: Cell::new(0),
+            pending: RefCell::default(),
             turn: RefCell::new(None),
             in_flight: Cell::new(0),
             tail_in_flight: Cell::new(false),
@@ -350,6 +355,8 @@ impl<D: Disk> Writer<D> {
     async fn commit_end(&self, topic: &Topic<D>, end: End, turn: Turn) -> Result<(), StorageError> {
         let (reply, answer) = oneshot::channel();
         turn.wait().await;
+        // What went before may have failed meanwhile: a truncated topic is never locked (INV-12).
+        let end = if topic.failed.borrow().is_some() { End::Leave } else { end };
         let queued = self.context.committer.end(topic.record.no, end, reply).await;
         turn.done();
         queued?;
@@ -358,16 +365,22 @@ impl<D: Disk> Writer<D> {
 
     /// The upload is over, as the committer has it: its segments are sealed in the background, its
     /// stream is answered with the first cause of a failure, if there was one.
-    async fn finish(&self, topic: &Topic<D>, committed: Result<(), StorageError>) {
+    async fn finish(&self, topic: &Rc<Topic<D>>, committed: Result<(), StorageError>) {
         let deleted = matches!(committed, Err(StorageError::Gone));
         let cause = topic.failed.borrow().clone();
         let ending = topic.ending.take();
+        if !deleted {
+            let mut topics = self.topics.borrow_mut();
+            // The client may have opened the topic again already: that entry is another upload's.
+            if topics.get(&topic.record.no).is_some_and(|known| Rc::ptr_eq(known, topic)) {
+                topics.remove(&topic.record.no);
+            }
+        }
         if !deleted {
             // A locked topic has a file even without rows; one that may be written again gets none.
             let locked =
                 committed.is_ok() && cause.is_none() && ending.as_ref().is_some_and(|(end, _)| *end == End::Lock);
             self.context.steward.seal(topic.record.clone(), if locked { None } else { Some(u32::MAX) }).await;
-            self.topics.borrow_mut().remove(&topic.record.no);
         }
         // A deleted topic stays known until the deletion's `Forget` has come: it must not look like
         // one whose `Open` is still to come.
@@ -406,6 +419,9 @@ impl<D: Disk> Writer<D> {
         let (rows, batches, bytes) = (run.end_row() - run.first_row, run.marks.len() as u64, run.data_bytes);
         let (reply, answer) = oneshot::channel();
         turn.wait().await;
+        if let Some(cause) = topic.failed.borrow().clone() {
+            return Err(cause);
+        }
         let queued = self.context.committer.tail(topic.record.no, run, reply).await;
         turn.done();
         queued?;
@@ -444,7 +460,11 @@ impl<D: Disk> Writer<D> {
             safe.extend(fresh);
             let chunk =
                 ChunkRows { batches: safe, marks, first_batch, first_row, data_bytes, time, time_sorted: sorted };
-            let result = writer.write_and_commit(&topic, &chunk, end, turn).await;
+            // Rows that make the encoder panic end their own stream, nothing else.
+            let written = AssertUnwindSafe(writer.write_and_commit(&topic, &chunk, end, turn)).catch_unwind().await;
+            let result = written.unwrap_or_else(|_| {
+                Err(StorageError::Format { op: "encode", text: "the rows made the encoder panic".to_owned() })
+            });
             // The rows are durable, or their stream ends: their memory goes back now.
             drop((chunk, permits, decode_permits));
             topic.in_flight.set(topic.in_flight.get() - 1);
@@ -481,7 +501,9 @@ impl<D: Disk> Writer<D> {
         // Also on failure: the entries behind this one must get their turn and see the failure.
         turn.done();
         let (answer, segment) = result?;
-        answer.await.map_err(|_| StorageError::Gone)??;
+        let committed = answer.await.map_err(|_| StorageError::Gone).and_then(|committed| committed);
+        topic.leave_segment(segment);
+        committed?;
         self.seal_below(topic, segment).await;
         Ok(())
     }
@@ -497,12 +519,15 @@ impl<D: Disk> Writer<D> {
         let mut attempt = 1;
         loop {
             let encoding = Instant::now();
+            let mut placed = None;
             let pending = {
                 let mut place = topic.place.lock().await;
                 place.write(&self.disk, &self.shared, &topic.schema, &topic.encoder, topic.record.no, chunk).await
             };
             let written = match pending {
                 Ok(pending) => {
+                    topic.enter_segment(pending.segment());
+                    placed = Some(pending.segment());
                     self.context.stats.record(Station::Encode, encoding.elapsed());
                     let writing = Instant::now();
                     let written = pending.durable(&self.disk).await;
@@ -534,6 +559,9 @@ impl<D: Disk> Writer<D> {
                 }
                 Err(error) if attempt < limits::CHUNK_ATTEMPTS_MAX && !error.is_full_disk() => {
                     tracing::warn!(topic = %topic.record.locator, %error, attempt, "chunk not written; trying in a new segment");
+                    if let Some(segment) = placed {
+                        topic.leave_segment(segment);
+                    }
                     attempt += 1;
                 }
                 Err(error) => return Err(error),
@@ -541,12 +569,14 @@ impl<D: Disk> Writer<D> {
         }
     }
 
-    /// A chunk in this segment is durable, so all chunks of lower ones are: the catalog the steward
-    /// reads has them all.
+    /// A chunk in this segment is durable. Lower segments are complete, except those where a chunk
+    /// still lies that is committed later (another one before it was written again, further on).
     async fn seal_below(&self, topic: &Topic<D>, segment: u32) {
-        if topic.sealed_below.get() < segment {
-            topic.sealed_below.set(segment);
-            self.context.steward.seal(topic.record.clone(), Some(segment)).await;
+        let oldest = topic.pending.borrow().keys().next().copied();
+        let below = oldest.map_or(segment, |oldest| oldest.min(segment));
+        if topic.sealed_below.get() < below {
+            topic.sealed_below.set(below);
+            self.context.steward.seal(topic.record.clone(), Some(below)).await;
         }
     }
 
@@ -592,6 +622,20 @@ impl Turn {
 }
 
 impl<D: Disk> Topic<D> {
+    fn enter_segment(&self, segment: u32) {
+        *self.pending.borrow_mut().entry(segment).or_default() += 1;
+    }
+
+    fn leave_segment(&self, segment: u32) {
+        let mut pending = self.pending.borrow_mut();
+        if let Some(count) = pending.get_mut(&segment) {
+            *count -= 1;
+            if *count == 0 {
+                pending.remove(&segment);
+            }
+        }
+    }
+
     fn gather(&self, batch: Batch) {
         let mut open = self.open.borrow_mut();
         let open = &mut *open;

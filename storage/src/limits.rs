@@ -31,8 +31,15 @@ pub const TEXT_BOUND_BYTES: usize = 64;
 /// Nesting depth of a schema. Bounds recursion over types that came from outside.
 pub const SCHEMA_DEPTH_MAX: usize = 64;
 
+/// Bytes that one row of a column may take by its type alone (fixed-size lists and binaries).
+/// Bounds what trying out a schema allocates: types multiply without a byte being sent.
+pub const FIXED_ROW_BYTES_MAX: u64 = 16 << 20;
+
 /// Leaf columns of a schema. Bounds encoder memory and the size of a chunk record.
 pub const SCHEMA_LEAVES_MAX: usize = 4096;
+
+/// Chunks read and decoded at once, over all readers. Each holds its bytes twice for a moment.
+pub const CHUNKS_LOADING_MAX: usize = 8;
 
 /// Most bytes the catalog's memtables hold together (RocksDB's write buffer manager).
 pub const CATALOG_WRITE_BUFFER_BYTES: usize = 48 << 20;

@@ -13,7 +13,7 @@ use crate::chunk::record::ChunkRecord;
 use crate::disk::{Disk, IoCounters};
 use crate::error::{Result, StorageError};
 use crate::ids::TopicNo;
-use crate::limits::RING_BUFFER_BYTES;
+use crate::limits::{self, RING_BUFFER_BYTES};
 use crate::schema::TopicSchema;
 use crate::segment;
 use crate::tail::TailRun;
@@ -25,7 +25,7 @@ use parquet::schema::types::SchemaDescPtr;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 /// A half-open time range in nanoseconds; an absent side is open.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -225,6 +225,8 @@ fn groups(sources: impl Iterator<Item = Source>, window: Window) -> VecDeque<Vec
 pub struct Loader {
     jobs: mpsc::Sender<ReadJob>,
     cache: Arc<Mutex<Cache>>,
+    /// Chunks being read and decoded at once.
+    loading: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
@@ -239,7 +241,7 @@ impl Loader {
     /// A loader that keeps at most `cache_bytes` of decoded chunks (one chunk may exceed it).
     pub fn new(jobs: mpsc::Sender<ReadJob>, cache_bytes: usize) -> Self {
         let cache = Cache { bytes_max: cache_bytes, bytes: 0, entries: VecDeque::new() };
-        Self { jobs, cache: Arc::new(Mutex::new(cache)) }
+        Self { jobs, cache: Arc::new(Mutex::new(cache)), loading: Arc::new(Semaphore::new(limits::CHUNKS_LOADING_MAX)) }
     }
 
     /// Drops what is cached of a topic: it was deleted.
@@ -264,6 +266,11 @@ impl Loader {
 
     async fn load_chunk(&self, view: &TopicView, chunk: &ChunkRecord) -> Result<RecordBatch> {
         let key = (view.record.no, chunk.first_row);
+        if let Some(batch) = self.cached(key) {
+            return Ok(batch);
+        }
+        // Cancel-safety: the place is given back by drop.
+        let _place = self.loading.acquire().await.map_err(|_| StorageError::Gone)?;
         if let Some(batch) = self.cached(key) {
             return Ok(batch);
         }

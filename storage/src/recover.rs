@@ -167,19 +167,45 @@ pub fn browse_dir(data_dir: &Path, locator: &str) -> PathBuf {
     data_dir.join("browse").join(locator)
 }
 
-/// Removes folders of a deletion, with the folders' parents made durable.
+/// Removes folders of a deletion, with the folders' parents made durable. A name that ends in `/*`
+/// means the files in that folder, and the folder only if nothing else is in it: another topic's
+/// folder may lie below.
 ///
 /// # Errors
 /// When one cannot be removed; the deletion's record then stays, and the next start tries again.
 pub async fn remove_folders<D: Disk>(disk: &D, data_dir: &Path, folders: &[String]) -> Result<()> {
     for folder in folders {
-        let path = data_dir.join(folder);
-        disk.remove_dir(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
+        let path = match folder.strip_suffix("/*") {
+            Some(folder) => {
+                let path = data_dir.join(folder);
+                remove_files_in(&path)?;
+                path
+            }
+            None => {
+                let path = data_dir.join(folder);
+                disk.remove_dir(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
+                path
+            }
+        };
         if let Some(parent) = path.parent().filter(|parent| parent.is_dir()) {
             disk.sync_dir(parent).await.map_err(|error| StorageError::io("sync folder", parent, error))?;
         }
     }
     Ok(())
+}
+
+fn remove_files_in(dir: &Path) -> Result<()> {
+    for path in list(dir)? {
+        if !path.is_dir() {
+            std::fs::remove_file(&path).map_err(|error| StorageError::io("remove", &path, error))?;
+        }
+    }
+    match std::fs::remove_dir(dir) {
+        Err(error) if !matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::DirectoryNotEmpty) => {
+            Err(StorageError::io("remove", dir, error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Files and folders under `sequences/` that no record owns, to be removed. Pure over its inputs.

@@ -30,6 +30,8 @@ pub struct TopicSchema {
     pub time_column: usize,
     /// Number of leaf columns of the stored schema.
     pub leaves: usize,
+    /// Whether the writer's schema has dictionaries.
+    dictionaries: bool,
 }
 
 impl TopicSchema {
@@ -65,8 +67,21 @@ impl TopicSchema {
                 });
             }
         };
+        let mut names = std::collections::HashSet::new();
         for field in wire.fields() {
             storable(field, field.name(), 0)?;
+            let refuse = |why: String| StorageError::Unstorable {
+                field: field.name().clone(),
+                data_type: field.data_type().to_string(),
+                why,
+            };
+            if !names.insert(field.name()) {
+                return Err(refuse("another column has the same name".to_owned()));
+            }
+            if fixed_row_bytes(field.data_type()) > limits::FIXED_ROW_BYTES_MAX {
+                let most = limits::FIXED_ROW_BYTES_MAX;
+                return Err(refuse(format!("one row of it takes more than {most} bytes")));
+            }
         }
         let fields: Fields = wire.fields().iter().map(stored_field).collect();
         let leaves = fields.iter().map(|field| leaf_count(field.data_type())).sum();
@@ -77,7 +92,8 @@ impl TopicSchema {
                 why: format!("at most {} leaf columns are taken", limits::SCHEMA_LEAVES_MAX),
             });
         }
-        Ok(Self { stored: Arc::new(Schema::new(fields)), wire, time_column, leaves })
+        let dictionaries = wire.fields().iter().any(|field| has_dictionary(field.data_type()));
+        Ok(Self { stored: Arc::new(Schema::new(fields)), wire, time_column, leaves, dictionaries })
     }
 
     /// A batch as it came, in the types of the files.
@@ -93,6 +109,12 @@ impl TopicSchema {
     /// # Errors
     /// When a dictionary's distinct values exceed its key type; the caller sends fewer rows at once.
     pub fn to_wire(&self, batch: &RecordBatch) -> Result<RecordBatch> {
+        if self.dictionaries {
+            // A slice of a list still has its whole child: only what these rows show may go into
+            // their dictionaries.
+            let rows = arrow::array::UInt64Array::from_iter_values(0..batch.num_rows() as u64);
+            return retype_batch(&arrow::compute::take_record_batch(batch, &rows)?, &self.wire);
+        }
         retype_batch(batch, &self.wire)
     }
 }
@@ -192,6 +214,27 @@ fn storable(field: &Field, path: &str, depth: usize) -> Result<()> {
         | DataType::Map(child, _) => storable(child, &format!("{path}.{}", child.name()), depth + 1),
         _ => Ok(()),
     }
+}
+
+/// Bytes that one row takes at least, whatever its values: fixed sizes multiply through nested lists.
+fn fixed_row_bytes(data_type: &DataType) -> u64 {
+    match data_type {
+        DataType::FixedSizeBinary(bytes) => u64::from(bytes.unsigned_abs()),
+        DataType::FixedSizeList(child, length) => {
+            fixed_row_bytes(child.data_type()).saturating_mul(u64::from(length.unsigned_abs()))
+        }
+        DataType::Struct(fields) => {
+            fields.iter().fold(1, |sum: u64, field| sum.saturating_add(fixed_row_bytes(field.data_type())))
+        }
+        other => {
+            let nested = child_types(other).into_iter().map(fixed_row_bytes).max().unwrap_or(0);
+            nested.max(other.primitive_width().unwrap_or(1) as u64)
+        }
+    }
+}
+
+fn has_dictionary(data_type: &DataType) -> bool {
+    matches!(data_type, DataType::Dictionary(_, _)) || child_types(data_type).into_iter().any(has_dictionary)
 }
 
 fn stored_field(field: &FieldRef) -> FieldRef {
@@ -321,6 +364,19 @@ mod tests {
     fn a_nested_month_day_nano_interval_is_refused_by_its_dotted_path() {
         let inner = Field::new("span", DataType::Interval(IntervalUnit::MonthDayNano), true);
         check_refused(Field::new("outer", DataType::Struct(Fields::from(vec![inner])), true), "`outer.span`");
+    }
+
+    #[test]
+    fn fixed_sizes_that_multiply_to_gibibytes_a_row_are_refused_without_being_tried() {
+        let inner = DataType::FixedSizeList(Arc::new(Field::new("item", DataType::Int64, true)), 1 << 30);
+        let outer = DataType::FixedSizeList(Arc::new(Field::new("item", inner, true)), 1 << 28);
+        check_refused(Field::new("huge", outer, true), "`huge`");
+        check_refused(Field::new("wide", DataType::FixedSizeBinary(i32::MAX), true), "`wide`");
+    }
+
+    #[test]
+    fn two_columns_of_one_name_are_refused() {
+        check_refused(Field::new(TIME_COLUMN, DataType::Float64, true), TIME_COLUMN);
     }
 
     #[test]

@@ -270,20 +270,27 @@ impl<D: Disk> SegmentWriter<D> {
     }
 
     async fn create(&mut self, disk: &D, shared: &Shared) -> Result<Current<D::File>> {
-        let no = self.next_no;
-        let path = self.dir.join(segment::file_name(no));
-        // Taken even if making it fails: a half-made file must not be met again.
-        self.next_no += 1;
-        let file = create_segment(disk, &shared.data_dir, &self.dir, &path, &shared.counters).await?;
-        Ok(Current {
-            file,
-            path,
-            no,
-            id: SegmentId::random(),
-            write_at: FIRST_CHUNK_OFFSET,
-            allocated: FIRST_CHUNK_OFFSET,
-            poisoned: Rc::default(),
-        })
+        loop {
+            let no = self.next_no;
+            let path = self.dir.join(segment::file_name(no));
+            // Taken even if making it fails: a half-made file must not be met again.
+            self.next_no += 1;
+            let file = match create_segment(disk, &shared.data_dir, &self.dir, &path, &shared.counters).await {
+                Ok(file) => file,
+                // Left by an earlier upload that ended with nothing durable; the next start removes it.
+                Err(StorageError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => continue,
+                Err(error) => return Err(error),
+            };
+            return Ok(Current {
+                file,
+                path,
+                no,
+                id: SegmentId::random(),
+                write_at: FIRST_CHUNK_OFFSET,
+                allocated: FIRST_CHUNK_OFFSET,
+                poisoned: Rc::default(),
+            });
+        }
     }
 }
 
@@ -425,6 +432,11 @@ impl<D: Disk> Sink<D> {
 }
 
 impl<F: Clone + 'static> Pending<F> {
+    /// Number of the segment the chunk lies in.
+    pub fn segment(&self) -> u32 {
+        self.written.segment.no
+    }
+
     /// Waits until all of the chunk is on stable media.
     ///
     /// # Errors
