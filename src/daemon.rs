@@ -66,6 +66,7 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
         segment_bytes: config.segment_bytes,
         prealloc: Arc::new(PreallocBudget::new(config.prealloc_bytes)),
         budget: budget.clone(),
+        budget_bytes: config.memory_budget_bytes / config.writers as u64,
         committer: committer.clone(),
         steward: steward.clone(),
         counters: Arc::clone(&counters),

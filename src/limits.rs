@@ -26,7 +26,7 @@ pub(crate) const GATHER_SLICE: usize = 64;
 
 /// Chunks of one writer between close and commit. More keep the device busy through commits; each
 /// holds its batches until it is durable.
-pub(crate) const FLUSHES_IN_FLIGHT_MAX: usize = 8;
+pub(crate) const FLUSHES_IN_FLIGHT_MAX: usize = 16;
 
 /// Time a writer may encode before it parks and lets the kernel have what was submitted.
 pub(crate) const ENCODE_SLICE: Duration = Duration::from_millis(2);

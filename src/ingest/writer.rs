@@ -80,6 +80,7 @@ pub(crate) struct Context {
     pub(crate) segment_bytes: u64,
     pub(crate) prealloc: Arc<PreallocBudget>,
     pub(crate) budget: Budget,
+    pub(crate) budget_bytes: u64,
     pub(crate) committer: CommitHandle,
     pub(crate) steward: StewardHandle,
     pub(crate) counters: Arc<IoCounters>,
@@ -141,6 +142,8 @@ struct Writer<D: Disk> {
     /// Topics that were deleted before their `Open` arrived; bounded by the uploads being opened.
     overtaken: RefCell<HashMap<TopicNo, oneshot::Sender<()>>>,
     flushes: Cell<usize>,
+    /// Data bytes of the chunks between close and commit.
+    flushing_bytes: Cell<u64>,
     /// Woken by every flush that ends.
     progress: tokio::sync::Notify,
 }
@@ -161,6 +164,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         topics: RefCell::default(),
         overtaken: RefCell::default(),
         flushes: Cell::new(0),
+        flushing_bytes: Cell::new(0),
         progress: tokio::sync::Notify::new(),
     });
     let mut stopping: Option<oneshot::Sender<()>> = None;
@@ -278,16 +282,14 @@ impl<D: Disk> Writer<D> {
     /// Looks at every open chunk; returns how long nothing will be due.
     fn decide(self: &Rc<Self>) -> Duration {
         let topics: Vec<Rc<Topic<D>>> = self.topics.borrow().values().cloned().collect();
-        let largest = (self.flushes.get() < 2 && self.context.budget.is_short())
-            .then(|| topics.iter().max_by_key(|topic| topic.open.borrow().data_bytes).map(|topic| topic.record.no))
-            .flatten();
+        let giving_way = self.giving_way(&topics);
         let mut wait = IDLE_WAIT;
         for topic in topics {
             if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() {
                 continue;
             }
             wait = wait.min(LOOK_INTERVAL);
-            let seen = topic.look(largest == Some(topic.record.no));
+            let seen = topic.look(giving_way.contains(&topic.record.no));
             match verdict(&self.context.rule, topic.record.format, &seen) {
                 Verdict::Close(why) => {
                     // A full house: the chunk waits for a flush to end, which wakes this loop.
@@ -302,6 +304,29 @@ impl<D: Disk> Writer<D> {
             }
         }
         wait
+    }
+
+    /// The largest open chunks, to be closed because memory is short: as many as make, with what is
+    /// being written already, a quarter of the budget. More would only make smaller row groups.
+    fn giving_way(&self, topics: &[Rc<Topic<D>>]) -> Vec<TopicNo> {
+        if !self.context.budget.is_short() {
+            return Vec::new();
+        }
+        let mut open: Vec<(u64, TopicNo)> =
+            topics.iter().map(|topic| (topic.open.borrow().data_bytes, topic.record.no)).collect();
+        open.sort_unstable_by(|a, b| b.cmp(a));
+        let places = limits::FLUSHES_IN_FLIGHT_MAX.saturating_sub(self.flushes.get());
+        let mut freeing = self.flushing_bytes.get();
+        let enough = self.context.budget_bytes / 4;
+        let mut chosen = Vec::new();
+        for (bytes, topic) in open.into_iter().take(places).take_while(|(bytes, _)| *bytes > 0) {
+            if freeing >= enough {
+                break;
+            }
+            freeing += bytes;
+            chosen.push(topic);
+        }
+        chosen
     }
 
     /// Lets go of topics that ended and have nothing under way.
@@ -439,6 +464,8 @@ impl<D: Disk> Writer<D> {
         topic.next.set((end_batch, first_row + rows));
         topic.in_flight.set(topic.in_flight.get() + 1);
         self.flushes.set(self.flushes.get() + 1);
+        let flushing = open.data_bytes;
+        self.flushing_bytes.set(self.flushing_bytes.get() + flushing);
         let turn = Turn::take(topic);
         let (writer, topic) = (Rc::clone(self), Rc::clone(topic));
         tokio::task::spawn_local(async move {
@@ -469,6 +496,7 @@ impl<D: Disk> Writer<D> {
             drop((chunk, permits, decode_permits));
             topic.in_flight.set(topic.in_flight.get() - 1);
             writer.flushes.set(writer.flushes.get() - 1);
+            writer.flushing_bytes.set(writer.flushing_bytes.get() - flushing);
             match &result {
                 Ok(()) => {
                     writer.count(newly.0, newly.1, newly.2);
