@@ -7,5 +7,6 @@ mod budget;
 mod clients;
 mod harness;
 mod kill;
+mod program;
 mod tidy;
 mod v0;
