@@ -96,8 +96,13 @@ pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
         ("encode", writers * (config.chunk_bytes + config.message_bytes_max)),
         ("ring_buffers", buffers * storage::limits::RING_BUFFER_BYTES as u64),
         ("read_cache", config.read_cache_bytes),
-        // Raw and decoded at once, for each chunk being loaded.
-        ("reads", storage::limits::CHUNKS_LOADING_MAX as u64 * 2 * config.chunk_bytes),
+        // Raw and decoded at once for each chunk being loaded, and what streams hold while they merge.
+        (
+            "reads",
+            (storage::limits::CHUNKS_LOADING_MAX * 2
+                + storage::limits::STREAMS_HOLDING_MAX * storage::limits::SOURCES_PER_BATCH_MAX) as u64
+                * config.chunk_bytes,
+        ),
         ("outgoing", u64::from(config.streams_max) * OUTGOING_BATCH_BYTES / 8),
         (
             "catalog",

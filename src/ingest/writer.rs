@@ -170,13 +170,14 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
     let mut stopping: Option<oneshot::Sender<()>> = None;
     loop {
         let mut taken = 0;
-        while taken < limits::GATHER_SLICE
-            && let Some(message) = lane.try_recv()
-        {
+        let mut more = false;
+        while !more && let Some(message) = lane.try_recv() {
             taken += 1;
+            more = taken == limits::GATHER_SLICE;
             match message {
                 Message::Stop { reply } => stopping = Some(reply),
-                other => writer.take(other),
+                // A full chunk is decided over at once: it must not grow by the rest of the slice.
+                other => more |= writer.take(other),
             }
         }
         let wait = writer.decide();
@@ -185,8 +186,8 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
             reply.send(()).ok(); // Whoever waited for the stop has given up; stop all the same.
             return;
         }
-        if taken == limits::GATHER_SLICE {
-            // More is there: let the kernel have the submissions and the flushes a turn.
+        if more {
+            // More may be there: let the kernel have the submissions and the flushes a turn.
             writer.disk.breathe().await;
             continue;
         }
@@ -205,7 +206,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 const IDLE_WAIT: Duration = Duration::from_secs(3600);
 
 impl<D: Disk> Writer<D> {
-    fn take(self: &Rc<Self>, message: Message) {
+    /// Acts on a message; says whether a chunk is full and may go.
+    fn take(self: &Rc<Self>, message: Message) -> bool {
         match message {
             Message::Open { topic, schema, encoder, watermark } => self.open(*topic, schema, *encoder, watermark),
             Message::Batch { topic, batch } => {
@@ -214,6 +216,8 @@ impl<D: Disk> Writer<D> {
                     self.context.stats.record(Station::Lane, batch.sent.elapsed());
                     if topic.failed.borrow().is_none() {
                         topic.gather(*batch);
+                        return self.context.rule.chunk_bytes <= topic.open.borrow().data_bytes
+                            && self.flushes.get() < limits::FLUSHES_IN_FLIGHT_MAX;
                     }
                 }
             }
@@ -244,6 +248,7 @@ impl<D: Disk> Writer<D> {
             }
             Message::Stop { .. } => unreachable!("handled by the loop"),
         }
+        false
     }
 
     fn open(

@@ -41,6 +41,12 @@ pub const SCHEMA_LEAVES_MAX: usize = 4096;
 /// Chunks read and decoded at once, over all readers. Each holds its bytes twice for a moment.
 pub const CHUNKS_LOADING_MAX: usize = 8;
 
+/// Streams that may hold decoded chunks at once while they put a batch together.
+pub const STREAMS_HOLDING_MAX: usize = 4;
+
+/// Chunks that one outgoing batch may draw rows from.
+pub const SOURCES_PER_BATCH_MAX: usize = 4;
+
 /// Most bytes the catalog's memtables hold together (RocksDB's write buffer manager).
 pub const CATALOG_WRITE_BUFFER_BYTES: usize = 48 << 20;
 

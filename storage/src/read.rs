@@ -227,6 +227,8 @@ pub struct Loader {
     cache: Arc<Mutex<Cache>>,
     /// Chunks being read and decoded at once.
     loading: Arc<Semaphore>,
+    /// Streams that hold decoded chunks at once, beyond the cache.
+    holding: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
@@ -241,7 +243,12 @@ impl Loader {
     /// A loader that keeps at most `cache_bytes` of decoded chunks (one chunk may exceed it).
     pub fn new(jobs: mpsc::Sender<ReadJob>, cache_bytes: usize) -> Self {
         let cache = Cache { bytes_max: cache_bytes, bytes: 0, entries: VecDeque::new() };
-        Self { jobs, cache: Arc::new(Mutex::new(cache)), loading: Arc::new(Semaphore::new(limits::CHUNKS_LOADING_MAX)) }
+        Self {
+            jobs,
+            cache: Arc::new(Mutex::new(cache)),
+            loading: Arc::new(Semaphore::new(limits::CHUNKS_LOADING_MAX)),
+            holding: Arc::new(Semaphore::new(limits::STREAMS_HOLDING_MAX)),
+        }
     }
 
     /// Drops what is cached of a topic: it was deleted.
@@ -357,6 +364,7 @@ impl RowStream {
                 group.iter().fold((0, 0), |sum, source| (sum.0 + source.rows, sum.1 + source.data_bytes));
             let row_bytes = (data_bytes / rows.max(1)).max(1);
             let take = usize::try_from((self.target_bytes / row_bytes).max(1)).unwrap_or(usize::MAX).min(order.len());
+            let take = few_sources(order.iter().take(take));
             let picked: Vec<(u32, u32)> = order.drain(..take).collect();
             // Cancel-safety: a stream that is dropped here is not asked again.
             let batch = self.pick(&group, &picked).await?;
@@ -366,6 +374,7 @@ impl RowStream {
     }
 
     async fn order_of(&self, group: &[Source]) -> Result<VecDeque<(u32, u32)>> {
+        let _turn = self.loader.holding.acquire().await.map_err(|_| StorageError::Gone)?;
         let mut keyed: Vec<(i64, u32, u32)> = Vec::new();
         let mut sorted = group.len() == 1;
         for (index, source) in (0_u32..).zip(group) {
@@ -386,6 +395,7 @@ impl RowStream {
     }
 
     async fn pick(&self, group: &[Source], picked: &[(u32, u32)]) -> Result<RecordBatch> {
+        let _turn = self.loader.holding.acquire().await.map_err(|_| StorageError::Gone)?;
         let mut used: Vec<u32> = picked.iter().map(|(source, _)| *source).collect();
         used.sort_unstable();
         used.dedup();
@@ -404,6 +414,20 @@ impl RowStream {
         let sources: Vec<&RecordBatch> = batches.iter().collect();
         Ok(arrow::compute::interleave_record_batch(&sources, &indices)?)
     }
+}
+
+/// How many rows to take so that they come from at most [`limits::SOURCES_PER_BATCH_MAX`] sources:
+/// times that jump over a whole topic must not bring all of it into memory at once.
+fn few_sources<'a>(rows: impl Iterator<Item = &'a (u32, u32)>) -> usize {
+    let mut seen: Vec<u32> = Vec::with_capacity(limits::SOURCES_PER_BATCH_MAX);
+    rows.take_while(|(source, _)| {
+        if seen.contains(source) {
+            return true;
+        }
+        seen.push(*source);
+        seen.len() <= limits::SOURCES_PER_BATCH_MAX
+    })
+    .count()
 }
 
 /// The first row, if the picked rows of one source follow one another.
@@ -482,6 +506,14 @@ mod tests {
     #[test]
     fn a_tie_at_the_edge_is_merged_when_arrival_disagrees() {
         check(&[(5, 9), (0, 5)], Window::default(), &[&[0, 1]]);
+    }
+
+    #[test]
+    fn inv_7_rows_that_jump_over_many_chunks_are_taken_a_few_chunks_at_a_time() {
+        let jumping: Vec<(u32, u32)> = (0..100).map(|row| (row, 0)).collect();
+        assert_eq!(few_sources(jumping.iter()), limits::SOURCES_PER_BATCH_MAX);
+        let staying: Vec<(u32, u32)> = (0..100).map(|row| (row % 2, row)).collect();
+        assert_eq!(few_sources(staying.iter()), 100);
     }
 
     #[test]
