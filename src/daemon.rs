@@ -28,6 +28,7 @@ use storage::disk::{Disk, DiskState, Engine, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
 use storage::read::{self, Loader};
 use storage::{StorageError, posix, recover, uring};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 type AnyError = Box<dyn std::error::Error>;
@@ -350,6 +351,9 @@ async fn serve(
     recovered: &Recovered,
     started: Instant,
 ) -> Result<(), AnyError> {
+    // Before READY: who is told so may ask to stop at once, and a signal without its handler kills.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let listeners = Listeners::bind(&shared.config).await?;
     let address = listeners.address()?;
     tracing::info!(
@@ -365,17 +369,13 @@ async fn serve(
     );
     systemd::ready(&format!("listening on {address}"));
     let mut server = tokio::spawn(listeners.serve(shared, stopping));
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {
         ended = &mut server => {
             // The server ends by itself only when it failed.
             ended??;
         }
         _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
-        interrupted = tokio::signal::ctrl_c() => {
-            interrupted?;
-            tracing::info!("interrupted: stopping");
-        }
+        _ = interrupt.recv() => tracing::info!("interrupted: stopping"),
     }
     systemd::stopping();
     stop.send_replace(true);
