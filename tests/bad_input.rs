@@ -119,7 +119,7 @@ fn inv_8_malformed_unknown_and_foreign_keys_open_nothing() {
 }
 
 #[test]
-fn a_dout_without_a_proper_beginning_is_refused() {
+fn a_doput_without_a_proper_beginning_is_refused() {
     run(async {
         let (_server, mut client, key) = open().await;
         let topic = create_topic(&mut client, &key, "s/t", "default").await;

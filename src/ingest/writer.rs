@@ -40,7 +40,7 @@ pub(crate) struct Batch {
     pub(crate) data_bytes: u64,
     /// Smallest and largest time; `None` without rows.
     pub(crate) time: Option<(i64, i64)>,
-    /// First and last time in arrival order, and whether the times never decrease.
+    /// Whether the times never decrease.
     pub(crate) sorted: bool,
     pub(crate) permit: Permit,
     /// What decoding added.
