@@ -13,6 +13,7 @@ use crate::ingest::lane::{Receiver, lane};
 use crate::ingest::steward::{self, StewardHandle};
 use crate::ingest::writer::{self, Message, PreallocBudget, WriterHandles};
 use crate::lifecycle::{Lifecycle, is_locked};
+use crate::ontology::Registry;
 use crate::stats::{Station, Stats};
 use crate::{host, limits, systemd};
 use std::fs::File;
@@ -23,6 +24,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use storage::catalog::records::TopicRecord;
+use storage::catalog::skip::unfolded_topics;
 use storage::catalog::{Catalog, Look};
 use storage::disk::{Disk, DiskState, Engine, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
@@ -59,6 +61,7 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("fb-control").enable_all().build()?;
     systemd::status("recovering");
     let recovered = front.block_on(recover_all(&config, &catalog, &steward))?;
+    let registry = front.block_on(Registry::load(&catalog, &committer, config.ontology))?;
 
     let budget = Budget::new(config.memory_budget_bytes);
     let context = writer::Context {
@@ -75,8 +78,15 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
     };
     let (writers, writer_threads) = start_writers(&config, &disk, &context)?;
     drop(context);
-    let lifecycle =
-        Lifecycle { catalog, committer, writers: writers.clone(), steward, loader, compression: config.compression };
+    let lifecycle = Lifecycle {
+        catalog,
+        committer,
+        writers: writers.clone(),
+        steward,
+        loader,
+        compression: config.compression,
+        registry,
+    };
     let (stop, stopping) = watch::channel(false);
     let shared = Arc::new(Shared {
         config,
@@ -309,6 +319,11 @@ async fn recover_all(config: &Config, catalog: &Catalog, steward: &StewardHandle
             && let Err(error) = steward.link(sequence).await
         {
             tracing::warn!(sequence = name, %error, "browse links not made");
+        }
+    }
+    for topic in unfolded_topics(catalog)? {
+        if let Err(error) = steward.fold(topic).await {
+            tracing::warn!(%topic, %error, "index not packed; queries read it as it is");
         }
     }
     Ok(done)

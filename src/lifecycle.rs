@@ -10,14 +10,16 @@ use crate::ingest::committer::{CommitHandle, End, Live, Watermark};
 use crate::ingest::steward::StewardHandle;
 use crate::ingest::writer::{Message, WriterHandles};
 use crate::limits;
+use crate::ontology::Registry;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use storage::StorageError;
 use storage::catalog::keys::{self, Family};
-use storage::catalog::records::{DeletionRecord, SequenceRecord, SessionRecord, TopicRecord};
+use storage::catalog::records::{DeletionRecord, SequenceRecord, SessionRecord, TopicOntology, TopicRecord};
 use storage::catalog::{Catalog, Look, Txn};
 use storage::chunk::{Compression, Format, TopicEncoder};
 use storage::ids::{SequenceId, SessionId, TopicId, TopicNo};
+use storage::ontology::Difference;
 use storage::read::Loader;
 use storage::schema::TopicSchema;
 use tokio::sync::{oneshot, watch};
@@ -45,6 +47,12 @@ pub(crate) enum LifecycleError {
          a new DoPut would append to or overwrite them; abort and record it again under a new topic"
     )]
     HasRows { topic: String, rows: u64, batches: u64 },
+    #[error("the ontology tag `{tag}` is not registered, and this server takes registered ones only: {remedy}")]
+    UnknownOntology { tag: String, remedy: String },
+    #[error("the schema is none of ontology `{tag}`: {difference} (version {version}); register it or send that one")]
+    OtherSchema { tag: String, version: u32, difference: Difference },
+    #[error("{what} are at their limit of {most}; {remedy}")]
+    Full { what: &'static str, most: usize, remedy: &'static str },
     #[error("{key} = {value:?}: {why}")]
     Invalid { key: &'static str, value: String, why: String },
     #[error(transparent)]
@@ -133,6 +141,16 @@ fn shorten(text: &str) -> String {
     if cut == text.len() { text.to_owned() } else { format!("{}…", text.get(..cut).unwrap_or("")) }
 }
 
+/// Checks an ontology tag from outside: queries split their keys at the first dot.
+pub(crate) fn check_tag(key: &'static str, tag: &str) -> Result<()> {
+    let most = limits::NAME_PART_BYTES_MAX;
+    if tag.is_empty() || tag.contains('.') || tag.chars().any(char::is_control) || tag.len() > most {
+        let why = format!("must be a text of 1 to {most} bytes without dots: queries split at the first dot");
+        return Err(LifecycleError::Invalid { key, value: shorten(tag), why });
+    }
+    Ok(())
+}
+
 /// Reads a UUID from outside.
 pub(crate) fn parse_uuid(key: &'static str, text: &str) -> Result<Uuid> {
     Uuid::parse_str(text).map_err(|_| LifecycleError::Invalid {
@@ -185,6 +203,7 @@ pub(crate) struct Lifecycle {
     pub(crate) steward: StewardHandle,
     pub(crate) loader: Loader,
     pub(crate) compression: Compression,
+    pub(crate) registry: Arc<Registry>,
 }
 
 /// What a deletion took away.
@@ -295,24 +314,29 @@ impl Lifecycle {
         let found = find_topic(&self.catalog, &locator)?;
         // Before the topic is opened: once it is open, nothing may fail any more.
         let encoder = TopicEncoder::new(&schema.stored, found.format, self.compression)?;
+        let registry = Arc::clone(&self.registry);
+        let wire = Arc::clone(&schema.wire);
         let (watermark, receiver) = watch::channel(Watermark::default());
         let watermark = Arc::new(watermark);
         let for_committer = Arc::clone(&watermark);
-        let topic = self
+        let (topic, ontology) = self
             .committer
             .change(move |txn, live| {
                 let topic = check_upload(txn, live, &locator, key)?;
+                let (ontology, note) = registry.admit(txn, &topic.ontology_tag, &wire)?;
                 if !live.open(topic.no, for_committer) {
                     return Err(LifecycleError::Busy { topic: locator });
                 }
                 txn.put_bytes(Family::Topics, keys::topic_schema(topic.no), message);
-                Ok(topic)
+                let of_topic = TopicOntology { version: ontology.record.version, note };
+                txn.put(Family::Topics, keys::topic_ontology(topic.no), &of_topic)?;
+                Ok::<_, LifecycleError>((topic, ontology))
             })
             .await?;
         let open = Message::Open {
             topic: Box::new(topic.clone()),
             schema: Arc::clone(&schema),
-            encoder: Box::new(encoder),
+            encoder: Box::new(encoder.with_index(ontology.record.derived.clone())),
             watermark,
         };
         self.writers.of(topic.no).send(open).await.map_err(|_| StorageError::Gone)?;
@@ -551,7 +575,7 @@ fn remove_topics(txn: &mut Txn<'_>, live: &mut Live, topics: &[TopicRecord], fol
     let mut closed = Vec::with_capacity(topics.len());
     for topic in topics {
         closed.push((topic.no, live.close(topic.no)));
-        txn.delete_topic(topic);
+        txn.delete_topic(topic)?;
     }
     let record = DeletionRecord { ticket: *Uuid::new_v4().as_bytes(), folders };
     txn.put(Family::Meta, keys::deletion(&record.ticket), &record)?;

@@ -38,6 +38,45 @@ pub(crate) const COALESCE_PIECES: usize = 32;
 /// Pieces up to this size are joined; larger ones lose nothing by staying apart.
 pub(crate) const COALESCE_PIECE_BYTES: usize = 64 << 10;
 
+/// Ontology tags in the registry. It is held in memory: bounds what clients with random tags can make
+/// of it. A fleet has hundreds.
+pub(crate) const ONTOLOGY_TAGS_MAX: usize = 10_000;
+
+/// Versions of one tag. Client generations bring a handful.
+pub(crate) const ONTOLOGY_VERSIONS_MAX: usize = 256;
+
+/// Values in one list of a query (`$in`, whole lists).
+pub(crate) const QUERY_LIST_MAX: usize = 1024;
+
+/// Depth of `$or`, `$and`, `$not` in a query. Bounds recursion over text from outside.
+pub(crate) const QUERY_DEPTH_MAX: usize = 16;
+
+/// Topics in one answer. An answer is one message; with user metadata left out a topic is about 200 B.
+pub(crate) const QUERY_TOPICS_MAX: usize = 100_000;
+
+/// Intervals in one answer, over all topics; more are cut and the answer says so.
+pub(crate) const QUERY_INTERVALS_MAX: usize = 100_000;
+
+/// Rows of chunks that interleave in time and must be put in order at once, 16 bytes each.
+pub(crate) const QUERY_MERGE_ROWS_MAX: usize = 16 << 20;
+
+/// Chunks that one query reads at once.
+pub(crate) const QUERY_READS: usize = 4;
+
+/// Topics in one `topic_filter_intersect`.
+pub(crate) const FILTER_TOPICS_MAX: usize = 64;
+
+/// Notifications on one sequence or topic, and bytes of one. Clients leave one an error.
+pub(crate) const NOTIFICATIONS_MAX: usize = 10_000;
+/// See [`NOTIFICATIONS_MAX`].
+pub(crate) const NOTIFICATION_BYTES_MAX: usize = 64 << 10;
+
+/// Layers (v0).
+pub(crate) const LAYERS_MAX: usize = 1000;
+
+/// API keys.
+pub(crate) const API_KEYS_MAX: usize = 10_000;
+
 /// Jobs waiting for the reader or the steward thread.
 pub(crate) const SERVICE_LANE_DEPTH: usize = 1024;
 

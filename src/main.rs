@@ -1,5 +1,6 @@
 //! flightbox: an Arrow Flight ingest appliance for a single Linux node. ARCHITECTURE.md is the map.
 
+mod api_keys;
 mod cli;
 mod config;
 mod daemon;
@@ -8,6 +9,9 @@ mod host;
 mod ingest;
 mod lifecycle;
 mod limits;
+mod notes;
+mod ontology;
+mod query;
 mod stats;
 mod systemd;
 

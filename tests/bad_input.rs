@@ -63,7 +63,8 @@ fn actions_refuse_what_is_unknown_broken_missing_or_of_the_wrong_type() {
         );
         let metadata = action(client, "sequence_create", json!({ "name": "m", "user_metadata": [1] })).await;
         check_refused(metadata, Code::InvalidArgument, &["user_metadata", "a list"]);
-        check_refused(action(client, "query", json!({})).await, Code::Unimplemented, &["query"]);
+        let query = json!({ "sequence": { "nmae": { "$eq": "x" } } });
+        check_refused(action(client, "query", query).await, Code::InvalidArgument, &["sequence.nmae"]);
     });
 }
 

@@ -8,5 +8,6 @@ mod clients;
 mod harness;
 mod kill;
 mod program;
+mod query;
 mod tidy;
 mod v0;

@@ -32,6 +32,15 @@ pub(crate) enum EngineChoice {
     Posix,
 }
 
+/// Which schemas a topic may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OntologyMode {
+    /// Any; a new one is registered at first use.
+    Open,
+    /// Only registered ones.
+    Strict,
+}
+
 /// What is true: checked, in units, with no way to hold a bad pair.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Config {
@@ -53,6 +62,7 @@ pub(crate) struct Config {
     pub(crate) segment_bytes: u64,
     pub(crate) prealloc_bytes: u64,
     pub(crate) compression: Compression,
+    pub(crate) ontology: OntologyMode,
     pub(crate) legacy_session_reply: bool,
     pub(crate) log_json: bool,
     pub(crate) log_level: String,
@@ -121,6 +131,11 @@ impl Config {
             prealloc_bytes,
             compression: Compression::from_name(&raw.get("compression").text)
                 .ok_or_else(|| refuse(raw.get("compression"), "is none of none, lz4, zstd"))?,
+            ontology: match raw.get("ontology").text.as_str() {
+                "open" => OntologyMode::Open,
+                "strict" => OntologyMode::Strict,
+                _ => return Err(refuse(raw.get("ontology"), "is none of open, strict")),
+            },
             legacy_session_reply: boolean(raw.get("legacy_session_reply"))?,
             log_json: match raw.get("log_format").text.as_str() {
                 "human" => false,

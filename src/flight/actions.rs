@@ -2,12 +2,15 @@
 
 use crate::flight::dialect::{Connection, Dialect, Hint};
 use crate::flight::list::total_bytes;
+use crate::flight::questions;
 use crate::flight::service::Shared;
 use crate::flight::status::{invalid, of_storage};
 use crate::lifecycle::{
-    DeleteRule, LifecycleError, Locator, NewTopic, UploadKey, find_sequence, find_topic, is_locked, parse_uuid,
+    DeleteRule, LifecycleError, Locator, NewTopic, UploadKey, check_tag, find_sequence, find_topic, is_locked,
+    parse_uuid,
 };
 use crate::limits;
+use crate::notes::Subject;
 use serde_json::{Map, Value, json};
 use storage::catalog::Look;
 use storage::chunk::Format;
@@ -15,7 +18,7 @@ use storage::ids::{SequenceId, SessionId};
 use tonic::Status;
 
 /// Every action with its description, for ListActions.
-pub(crate) const ACTIONS: [(&str, &str); 14] = [
+pub(crate) const ACTIONS: [(&str, &str); 38] = [
     ("sequence_create", "Create a sequence: {name|locator, user_metadata} -> {key} (v0) or nothing."),
     ("sequence_finalize", "v0: lock a sequence whose topics are all locked: {name, key}."),
     ("sequence_abort", "v0: delete an unlocked sequence with everything in it: {name, key}."),
@@ -29,7 +32,40 @@ pub(crate) const ACTIONS: [(&str, &str); 14] = [
     ("topic_system_info", "v0: chunks, size, lock state and creation time of a topic: {name}."),
     ("version", "The protocol version this server speaks."),
     ("info", "Version and limits; with {\"flightbox\": true} also the state of the appliance."),
-    ("query", "Find sequences and topics by content (not yet available)."),
+    (
+        "query",
+        "Find sequences and topics: {sequence, topic, ontology, limit, explain, intervals, join_dt_ns} -> {items}.",
+    ),
+    (
+        "topic_filter_clusterize",
+        "Windows of matching rows of a topic: {locator, clustering_dt_ns, ontology, timestamp_range}.",
+    ),
+    (
+        "topic_filter_intersect",
+        "Windows where topics match at once: {topics: [{locator, ontology, …}], intersect_dt_ns}.",
+    ),
+    ("ontology_list", "All registered ontologies, every version."),
+    ("ontology_get", "One ontology with its schema and index: {tag, version?}."),
+    ("ontology_register", "Register a schema under a tag: {tag, schema | ipc}."),
+    ("sequence_notification_create", "Leave a notification on a sequence: {locator, notification_type, msg}."),
+    ("sequence_notification_list", "Notifications of a sequence: {locator} -> {notifications}."),
+    ("sequence_notification_purge", "Remove the notifications of a sequence: {locator}."),
+    ("topic_notification_create", "Leave a notification on a topic: {locator, notification_type, msg}."),
+    ("topic_notification_list", "Notifications of a topic: {locator} -> {notifications}."),
+    ("topic_notification_purge", "Remove the notifications of a topic: {locator}."),
+    ("sequence_notify_create", "v0: leave a notification on a sequence: {name, notify_type, msg}."),
+    ("sequence_notify_list", "v0: notifications of a sequence: {name} -> {notifies}."),
+    ("sequence_notify_purge", "v0: remove the notifications of a sequence: {name}."),
+    ("topic_notify_create", "v0: leave a notification on a topic: {name, notify_type, msg}."),
+    ("topic_notify_list", "v0: notifications of a topic: {name} -> {notifies}."),
+    ("topic_notify_purge", "v0: remove the notifications of a topic: {name}."),
+    ("layer_create", "v0: make a layer: {name, description}."),
+    ("layer_delete", "v0: remove a layer: {name}."),
+    ("layer_update", "v0: rename and describe a layer: {prev_name, curr_name, curr_description}."),
+    ("layer_list", "v0: all layers: {} -> {layers}."),
+    ("api_key_create", "Make an API key: {permissions, description, expires_at_ns?} -> {api_key_token}."),
+    ("api_key_status", "Look at an API key: {api_key_fingerprint}."),
+    ("api_key_revoke", "Remove an API key: {api_key_fingerprint}."),
 ];
 
 /// The protocol generation this server presents itself as.
@@ -111,19 +147,22 @@ fn hint(action: &str, body: &Body) -> Hint {
         "sequence_finalize" | "sequence_abort" | "sequence_system_info" | "topic_system_info" => Hint::V0,
         "session_delete" if body.has("session_uuid") => Hint::SessionDeleteByUuid,
         "session_create" | "session_finalize" | "session_delete" => Hint::Session,
+        // Its keys are looked at by `Connection::note_query`; layers are v0's alone.
+        "query" => Hint::Nothing,
+        name if name.starts_with("layer_") => Hint::V0,
         _ if body.has("name") => Hint::V0,
         _ if body.has("locator") => Hint::Session,
         _ => Hint::Nothing,
     }
 }
 
-/// Runs an action; returns the body of its one Result.
+/// Runs an action; returns the bodies of its Results: one, or for the temporal filters one a window.
 pub(crate) async fn run(
     shared: &Shared,
     connection: &Connection,
     action: &str,
     body: &[u8],
-) -> Result<Vec<u8>, Status> {
+) -> Result<Vec<Vec<u8>>, Status> {
     let body = Body::parse(action, body)?;
     let dialect = connection.note(hint(action, &body));
     let response = match action {
@@ -140,42 +179,129 @@ pub(crate) async fn run(
         "topic_system_info" => topic_system_info(shared, &body)?,
         "version" => version(),
         "info" => info(shared, &body)?,
-        "query"
-        | "topic_filter_clusterize"
-        | "topic_filter_intersect"
-        | "sequence_notify_create"
-        | "sequence_notify_list"
-        | "sequence_notify_purge"
-        | "topic_notify_create"
-        | "topic_notify_list"
-        | "topic_notify_purge"
-        | "sequence_notification_create"
-        | "sequence_notification_list"
-        | "sequence_notification_purge"
-        | "topic_notification_create"
-        | "topic_notification_list"
-        | "topic_notification_purge"
-        | "layer_create"
-        | "layer_delete"
-        | "layer_update"
-        | "layer_list"
-        | "api_key_create"
-        | "api_key_status"
-        | "api_key_revoke" => {
-            return Err(Status::unimplemented(format!(
-                "action `{action}` is known but this version of flightbox does not serve it yet"
-            )));
+        "query" => questions::query(shared, connection, &body.fields).await?,
+        "topic_filter_clusterize" => return paged(action, questions::clusterize(shared, &body.fields).await?),
+        "topic_filter_intersect" => return paged(action, questions::intersection(shared, &body.fields).await?),
+        "ontology_list" => questions::ontology_list(shared),
+        "ontology_get" => questions::ontology_get(shared, &body.fields)?,
+        "ontology_register" => questions::ontology_register(shared, &body.fields).await?,
+        "layer_create" => {
+            let (name, description) = (body.text("name")?.to_owned(), body.text("description")?.to_owned());
+            shared.lifecycle.put_layer(None, name, description).await?;
+            Value::Null
         }
-        other => {
-            let known: Vec<&str> = ACTIONS.iter().map(|(name, _)| *name).collect();
-            return Err(invalid(format!("there is no action `{other}`; known are {}", known.join(", "))));
+        "layer_update" => {
+            let (name, description) = (body.text("curr_name")?.to_owned(), body.text("curr_description")?.to_owned());
+            shared.lifecycle.put_layer(Some(body.text("prev_name")?.to_owned()), name, description).await?;
+            Value::Null
         }
+        "layer_delete" => {
+            shared.lifecycle.delete_layer(body.text("name")?.to_owned()).await?;
+            Value::Null
+        }
+        "layer_list" => {
+            let layers = shared.lifecycle.layers()?;
+            let layers = layers.into_iter().map(|(name, text)| json!({ "name": name, "description": text }));
+            json!({ "layers": layers.collect::<Vec<_>>() })
+        }
+        "api_key_create" => api_key_create(shared, &body).await?,
+        "api_key_status" => api_key_status(shared, &body)?,
+        "api_key_revoke" => {
+            shared.lifecycle.revoke_key(body.text("api_key_fingerprint")?.to_owned()).await?;
+            Value::Null
+        }
+        other => match other.split_once("_noti") {
+            Some((thing @ ("sequence" | "topic"), rest)) => notification(shared, &body, thing, rest).await?,
+            _ => return Err(unknown(other)),
+        },
     };
     let envelope = match (response, dialect) {
         (Value::Null, Dialect::V0) => json!({ "action": "empty" }),
         (response, _) => json!({ "action": action, "response": response }),
     };
-    Ok(envelope.to_string().into_bytes())
+    Ok(vec![envelope.to_string().into_bytes()])
+}
+
+fn unknown(action: &str) -> Status {
+    let known: Vec<&str> = ACTIONS.iter().map(|(name, _)| *name).collect();
+    invalid(format!("there is no action `{action}`; known are {}", known.join(", ")))
+}
+
+/// One Result for each item, each in the full envelope; none for none.
+fn paged(action: &str, items: Vec<Value>) -> Result<Vec<Vec<u8>>, Status> {
+    let envelope = |item| json!({ "action": action, "response": item }).to_string().into_bytes();
+    Ok(items.into_iter().map(envelope).collect())
+}
+
+/// Notifications under both spellings: `notify` (v0) and `notification`.
+async fn notification(shared: &Shared, body: &Body, thing: &str, rest: &str) -> Result<Value, Status> {
+    let v0 = rest.starts_with("fy_");
+    let key = if v0 { "name" } else { "locator" };
+    let subject = |body: &Body| -> Result<Subject, Status> {
+        let text = body.text(key)?;
+        Ok(match thing {
+            "sequence" => Subject::Sequence(Locator::sequence(key, text)?),
+            _ => Subject::Topic(Locator::topic(key, text)?),
+        })
+    };
+    match rest {
+        "fy_create" | "fication_create" => {
+            let kind = body.text(if v0 { "notify_type" } else { "notification_type" })?;
+            // Any other makes the clients' own listing raise.
+            if kind != "error" {
+                return Err(invalid(format!("the notification type {kind:?} is unknown; clients know only `error`")));
+            }
+            let text = body.text("msg")?;
+            if text.len() > limits::NOTIFICATION_BYTES_MAX {
+                let most = limits::NOTIFICATION_BYTES_MAX;
+                return Err(invalid(format!("`msg` has {} bytes, over the limit of {most}", text.len())));
+            }
+            shared.lifecycle.notify(subject(body)?, kind.to_owned(), text.to_owned()).await?;
+            Ok(Value::Null)
+        }
+        "fy_list" | "fication_list" => {
+            let subject = subject(body)?;
+            let (list, kind) = if v0 { ("notifies", "notify_type") } else { ("notifications", "notification_type") };
+            let all: Vec<Value> = shared
+                .lifecycle
+                .notifications(&subject)?
+                .into_iter()
+                .map(|note| {
+                    let created = datetime(note.created_at_ns);
+                    json!({ "name": subject.name(), kind: note.kind, "msg": note.text, "created_datetime": created })
+                })
+                .collect();
+            Ok(json!({ list: all }))
+        }
+        "fy_purge" | "fication_purge" => {
+            shared.lifecycle.purge_notifications(subject(body)?).await?;
+            Ok(Value::Null)
+        }
+        _ => Err(unknown(&body.action)),
+    }
+}
+
+async fn api_key_create(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let expires = match body.fields.get("expires_at_ns") {
+        None | Some(Value::Null) => None,
+        Some(value) => {
+            Some(value.as_i64().ok_or_else(|| invalid(format!("`expires_at_ns` is {value}, not nanoseconds")))?)
+        }
+    };
+    let (permissions, description) = (body.text("permissions")?.to_owned(), body.text("description")?.to_owned());
+    let token = shared.lifecycle.create_key(permissions, description, expires).await?;
+    Ok(json!({ "api_key_token": token }))
+}
+
+fn api_key_status(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let fingerprint = body.text("api_key_fingerprint")?;
+    let key = shared.lifecycle.key(fingerprint)?;
+    Ok(json!({
+        "api_key_fingerprint": fingerprint,
+        "description": key.description,
+        "created_at_ns": key.created_at_ns,
+        "expires_at_ns": key.expires_at_ns,
+    }))
 }
 
 async fn sequence_create(shared: &Shared, body: &Body) -> Result<Value, Status> {
@@ -280,16 +406,7 @@ async fn topic_create(shared: &Shared, body: &Body) -> Result<Value, Status> {
         (UploadKey::Session(id), "locator", body.text("locator")?)
     };
     let tag = body.text("ontology_tag")?;
-    if tag.is_empty()
-        || tag.contains('.')
-        || tag.chars().any(char::is_control)
-        || tag.len() > limits::NAME_PART_BYTES_MAX
-    {
-        return Err(invalid(format!(
-            "`ontology_tag` = {tag:?}: must be a text of 1 to {} bytes without dots: queries split at the first dot",
-            limits::NAME_PART_BYTES_MAX
-        )));
-    }
+    check_tag("ontology_tag", tag)?;
     let format_name = body.text("serialization_format")?;
     let format = Format::from_name(format_name).ok_or_else(|| {
         invalid(format!("`serialization_format` = {format_name:?} is none of default, ragged, image"))

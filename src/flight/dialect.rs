@@ -3,6 +3,7 @@
 //! One connection is one client (pyarrow never shares them). Behind a proxy that multiplexes, the
 //! guess is lost and the supersets have to do.
 
+use serde_json::{Map, Value};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A generation of clients, as far as answers differ.
@@ -69,6 +70,16 @@ impl Connection {
         history.dialect
     }
 
+    /// The dialect of a query: by what the connection showed, or by the query's own keys
+    /// (protocol.md 8.2, conflicts 2 and 3).
+    pub(crate) fn note_query(&self, body: &Map<String, Value>) -> Dialect {
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        if history.dialect == Dialect::Unknown {
+            history.dialect = of_query(body);
+        }
+        history.dialect
+    }
+
     /// Whether `session_create` must answer as 0.3 and 0.4 expect it.
     pub(crate) fn old_session_reply(&self, setting: bool) -> bool {
         let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
@@ -99,6 +110,20 @@ fn next(dialect: Dialect, first: bool, hint: Hint) -> Dialect {
         (_, Hint::V0) => Dialect::V0,
         (Dialect::Unknown, Hint::Session | Hint::SessionDeleteByUuid) => Dialect::S3To5,
         (Dialect::V0 | Dialect::S3To5 | Dialect::Unknown, _) => dialect,
+    }
+}
+
+/// What the keys of a query tell of its client; pure. `name` may be v0's or 0.6's, but those of 0.6
+/// have shown themselves by their first call.
+fn of_query(body: &Map<String, Value>) -> Dialect {
+    let has = |part: &str, key: &str| body.get(part).is_some_and(|part| part.get(key).is_some());
+    let either = |key: &str| has("sequence", key) || has("topic", key);
+    if either("locator") || either("created_at_ns") || has("ontology", "include_timestamp_range") {
+        Dialect::S3To5
+    } else if either("name") || either("created_timestamp") {
+        Dialect::V0
+    } else {
+        Dialect::Unknown
     }
 }
 

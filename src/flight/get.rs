@@ -14,7 +14,7 @@ use storage::StorageError;
 use storage::catalog::Look;
 use storage::catalog::records::TopicRecord;
 use storage::ids::TopicId;
-use storage::read::{RowStream, TopicView, Window};
+use storage::read::{RowStream, TopicView, Window, count};
 use storage::schema::TopicSchema;
 use tonic::Status;
 
@@ -51,7 +51,8 @@ pub(crate) async fn do_get(
     shared: Arc<Shared>,
     ticket: &[u8],
 ) -> Result<impl Stream<Item = Result<FlightData, Status>> + Send + 'static + use<>, Status> {
-    let (topic, window) = if ticket.first() == Some(&b'{') {
+    let v0 = ticket.first() != Some(&b'{');
+    let (topic, window) = if !v0 {
         let ticket = Ticket::decode(ticket)?;
         let unknown = || LifecycleError::NotFound { what: "topic", name: ticket.topic.to_string() };
         let topic =
@@ -80,7 +81,15 @@ pub(crate) async fn do_get(
         )));
     };
     let view = Arc::new(view);
-    let schema = outgoing_schema(&shared, &view.record, &view.schema.wire)?;
+    let extent = if v0 {
+        None
+    } else if window.is_all() {
+        let totals = shared.lifecycle.catalog.totals(topic.no).map_err(|error| of_storage(&error))?;
+        Some((totals.rows, totals.time))
+    } else {
+        Some(count(&view, &shared.lifecycle.loader, window).await.map_err(|error| of_storage(&error))?)
+    };
+    let schema = outgoing_schema(&shared, &view.record, &view.schema.wire, extent)?;
     let rows =
         RowStream::new(Arc::clone(&view), shared.lifecycle.loader.clone(), window, crate::limits::OUTGOING_BATCH_BYTES);
     let batches = batches(rows, Arc::clone(&view.schema), Arc::clone(&schema));
@@ -138,18 +147,32 @@ fn cut_to_wire(
 }
 
 /// The writer's schema with the metadata clients of v0 to 0.6 read from it.
-fn outgoing_schema(shared: &Shared, topic: &TopicRecord, wire: &SchemaRef) -> Result<SchemaRef, Status> {
+fn outgoing_schema(
+    shared: &Shared,
+    topic: &TopicRecord,
+    wire: &SchemaRef,
+    extent: Option<Extent>,
+) -> Result<SchemaRef, Status> {
     let sequence = topic.locator.split('/').next().unwrap_or("");
     find_sequence(&shared.lifecycle.catalog, sequence)?;
     let mut metadata = wire.metadata().clone();
-    metadata.extend(topic_metadata(topic));
+    metadata.extend(topic_metadata(topic, extent));
     Ok(Arc::new(Schema::new_with_metadata(wire.fields().clone(), metadata)))
 }
 
-/// `mosaico:` metadata of a topic's schema. Exactly two properties: v0 refuses an extra key.
-pub(crate) fn topic_metadata(topic: &TopicRecord) -> [(String, String); 3] {
-    let properties =
+/// Rows of a stream, with their first and last time.
+pub(crate) type Extent = (u64, Option<(i64, i64)>);
+
+/// `mosaico:` metadata of a topic's schema. Clients of 0.6 take the extent from its properties; v0, for
+/// which `extent` is `None`, refuses an extra key.
+pub(crate) fn topic_metadata(topic: &TopicRecord, extent: Option<Extent>) -> [(String, String); 3] {
+    let mut properties =
         serde_json::json!({ "ontology_tag": topic.ontology_tag, "serialization_format": topic.format.name() });
+    if let (Some((rows, interval)), Some(object)) = (extent, properties.as_object_mut()) {
+        object.insert("message_count".to_owned(), rows.into());
+        object.insert("timestamp_ns_min".to_owned(), interval.map(|interval| interval.0).into());
+        object.insert("timestamp_ns_max".to_owned(), interval.map(|interval| interval.1).into());
+    }
     [
         ("mosaico:context".to_owned(), "topic".to_owned()),
         ("mosaico:properties".to_owned(), properties.to_string()),

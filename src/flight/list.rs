@@ -15,7 +15,7 @@ use std::sync::Arc;
 use storage::StorageError;
 use storage::catalog::Look;
 use storage::catalog::records::{SequenceRecord, TopicRecord, TopicTotals};
-use storage::read::{TopicView, Window, count, schema_from_ipc};
+use storage::read::{TopicView, Window, count};
 use tonic::Status;
 
 fn stored(error: StorageError) -> Status {
@@ -99,7 +99,7 @@ pub(crate) async fn flight_info(
         None => (catalog.topics_of(sequence.id).map_err(stored)?, sequence_schema(&sequence)),
         Some(path) => {
             let topic = find_topic(catalog, &format!("{}/{path}", request.locator.sequence))?;
-            let schema = topic_schema(shared, &topic)?;
+            let schema = topic_schema(shared, &topic, request.v0)?;
             (vec![topic], schema)
         }
     };
@@ -126,7 +126,12 @@ async fn endpoint(
     totals: &TopicTotals,
 ) -> Result<FlightEndpoint, Status> {
     let window = if request.window.is_all() { None } else { Some(window_info(shared, topic, request.window).await?) };
-    let metadata = endpoint_metadata(topic, totals, window);
+    let mut metadata = endpoint_metadata(topic, totals, window);
+    let of_topic = shared.lifecycle.catalog.topic_ontology(topic.no).map_err(stored)?;
+    if let (Some(of_topic), Some(object)) = (of_topic, metadata.as_object_mut()) {
+        let ontology = json!({ "version": of_topic.version, "note": of_topic.note });
+        object.insert("flightbox_ontology".to_owned(), ontology);
+    }
     let endpoint = FlightEndpoint::new().with_app_metadata(metadata.to_string());
     if request.v0 {
         return Ok(endpoint.with_ticket(FlightTicket::new(topic.locator.clone())));
@@ -227,13 +232,15 @@ fn sequence_schema(sequence: &SequenceRecord) -> Schema {
     Schema::empty().with_metadata(metadata)
 }
 
-fn topic_schema(shared: &Shared, topic: &TopicRecord) -> Result<Schema, Status> {
+fn topic_schema(shared: &Shared, topic: &TopicRecord, v0: bool) -> Result<Schema, Status> {
+    let totals = shared.lifecycle.catalog.totals(topic.no).map_err(stored)?;
+    let extent = (!v0).then_some((totals.rows, totals.time));
     let schema = match shared.lifecycle.catalog.topic_schema(topic.no).map_err(stored)? {
-        Some(message) => schema_from_ipc(&message).map_err(stored)?.as_ref().clone(),
+        Some(message) => storage::schema::from_ipc(&message).map_err(stored)?.as_ref().clone(),
         None => Schema::empty(),
     };
     let mut metadata = schema.metadata().clone();
-    metadata.extend(topic_metadata(topic));
+    metadata.extend(topic_metadata(topic, extent));
     Ok(schema.with_metadata(metadata))
 }
 
@@ -248,7 +255,7 @@ pub(crate) fn get_schema(
         None => Err(invalid("a sequence has no schema; ask for one of its topics")),
         Some(path) => {
             let topic = find_topic(&shared.lifecycle.catalog, &format!("{}/{path}", request.locator.sequence))?;
-            topic_schema(shared, &topic)
+            topic_schema(shared, &topic, request.v0)
         }
     }
 }

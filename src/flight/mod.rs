@@ -11,6 +11,7 @@ pub(crate) mod dialect;
 pub(crate) mod get;
 pub(crate) mod list;
 pub(crate) mod put;
+mod questions;
 pub(crate) mod server;
 pub(crate) mod service;
 pub(crate) mod status;

@@ -12,7 +12,8 @@ use crate::flight::status::{invalid, of_storage};
 use crate::flight::upload::{Monitor, UploadEnd};
 use crate::ingest::admit::Permit;
 use crate::ingest::committer::{End, Watermark};
-use crate::ingest::writer::{Batch, Message};
+use crate::ingest::topic::Batch;
+use crate::ingest::writer::Message;
 use crate::lifecycle::{Locator, Upload, parse_uuid};
 use crate::stats::{Station, Stats};
 use arrow::array::{Array, AsArray, RecordBatch};
@@ -160,7 +161,7 @@ impl Ingest {
         let wire = decode::schema(&first.data_header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
         self.monitor.set_overhead(crate::limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
-        let message = ipc_schema(&schema)?;
+        let message = storage::schema::to_ipc(&schema.wire);
         Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), message).await?)
     }
 
@@ -280,16 +281,4 @@ fn time_range(times: &[i64]) -> (Option<(i64, i64)>, bool) {
     };
     let range = times.iter().fold((*first, *first), |(low, high), time| (low.min(*time), high.max(*time)));
     (Some(range), times.is_sorted())
-}
-
-/// The schema as the catalog keeps it.
-fn ipc_schema(schema: &TopicSchema) -> Result<Vec<u8>, Status> {
-    use arrow::ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteOptions};
-    let mut dictionaries = DictionaryTracker::new(false);
-    let encoded = IpcDataGenerator::default().schema_to_bytes_with_dictionary_tracker(
-        &schema.wire,
-        &mut dictionaries,
-        &IpcWriteOptions::default(),
-    );
-    Ok(encoded.ipc_message)
 }

@@ -211,11 +211,11 @@ impl FlightService for Flight {
     async fn do_action(&self, request: Request<Action>) -> Result<Response<Self::DoActionStream>, Status> {
         let (shared, connection) = (Arc::clone(&self.shared), connection(&request));
         let action = request.into_inner();
-        let body = self
+        let bodies = self
             .shared
             .on_control(async move { actions::run(&shared, &connection, &action.r#type, &action.body).await })
             .await?;
-        Ok(Response::new(one(vec![arrow_flight::Result { body: body.into() }])))
+        Ok(Response::new(one(bodies.into_iter().map(|body| arrow_flight::Result { body: body.into() }).collect())))
     }
 
     async fn list_actions(&self, _request: Request<Empty>) -> Result<Response<Self::ListActionsStream>, Status> {

@@ -14,7 +14,10 @@ pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
         | LifecycleError::TopicUnlocked { .. }
         | LifecycleError::Busy { .. }
         | LifecycleError::HasRows { .. } => Code::FailedPrecondition,
-        LifecycleError::Invalid { .. } => Code::InvalidArgument,
+        LifecycleError::Full { .. } => Code::ResourceExhausted,
+        LifecycleError::UnknownOntology { .. }
+        | LifecycleError::OtherSchema { .. }
+        | LifecycleError::Invalid { .. } => Code::InvalidArgument,
         LifecycleError::Storage(error) => return of_storage(error),
     };
     Status::new(code, error.to_string())

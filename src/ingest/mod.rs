@@ -8,4 +8,5 @@ pub(crate) mod committer;
 pub(crate) mod gather;
 pub(crate) mod lane;
 pub(crate) mod steward;
+pub(crate) mod topic;
 pub(crate) mod writer;

@@ -8,10 +8,12 @@ use crate::limits;
 use std::path::PathBuf;
 use std::sync::Arc;
 use storage::StorageError;
-use storage::catalog::Catalog;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::{SequenceRecord, TopicRecord};
+use storage::catalog::skip::plan_fold;
+use storage::catalog::{Catalog, Look};
 use storage::disk::{Disk, IoCounters};
+use storage::ids::TopicNo;
 use storage::recover;
 use tokio::sync::{mpsc, oneshot};
 
@@ -20,6 +22,8 @@ type Outcome = Result<(), StorageError>;
 pub(crate) enum Job {
     /// Seal a topic's segments below a number, or all.
     Seal { topic: Box<TopicRecord>, below: Option<u32>, reply: Option<oneshot::Sender<Outcome>> },
+    /// Pack the index of a topic that is not being written.
+    Fold { topic: TopicNo, reply: oneshot::Sender<Outcome> },
     /// Make the readable names of a locked sequence.
     Link { sequence: Box<SequenceRecord>, reply: oneshot::Sender<Outcome> },
     /// Remove the folders of a deletion, then its record.
@@ -49,6 +53,11 @@ impl StewardHandle {
     pub(crate) async fn seal_recovered(&self, topic: TopicRecord, locked: bool) -> Outcome {
         let below = if locked { None } else { Some(u32::MAX) };
         self.ask(|reply| Job::Seal { topic: Box::new(topic), below, reply: Some(reply) }).await
+    }
+
+    /// Packs the index of a topic that is not being written, and waits.
+    pub(crate) async fn fold(&self, topic: TopicNo) -> Outcome {
+        self.ask(|reply| Job::Fold { topic, reply }).await
     }
 
     /// Links a sequence and waits.
@@ -95,6 +104,10 @@ pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, conte
                     }
                 }
             }
+            Job::Fold { topic, reply } => {
+                let result = fold(&context, topic, true).await;
+                reply.send(result).ok(); // As above.
+            }
             Job::Link { sequence, reply } => {
                 let result = recover::link_browse(&disk, &context.catalog, &context.data_dir, &sequence).await;
                 reply.send(result).ok(); // As above.
@@ -114,16 +127,27 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
     context
         .committer
         .change(move |txn, _| {
-            use storage::catalog::Look;
             // A topic deleted meanwhile gets no record back.
             if txn.topic(no)?.is_some() {
                 for record in &sealed {
                     txn.put(Family::Segments, keys::segment(no, record.no), record)?;
                 }
             }
-            Ok(())
+            Ok::<_, StorageError>(())
         })
-        .await
+        .await?;
+    fold(context, no, below.is_none_or(|below| below == u32::MAX)).await
+}
+
+/// Packs what lies apart of a topic's index: whole blocks while it is written, the rest at its end.
+async fn fold(context: &Context, topic: TopicNo, everything: bool) -> Outcome {
+    let Some(ontology) = context.catalog.ontology_of(topic)? else {
+        return Ok(());
+    };
+    match plan_fold(&context.catalog, topic, &ontology, everything)? {
+        Some(fold) => context.committer.change(move |txn, _| txn.put_fold(fold)).await,
+        None => Ok(()),
+    }
 }
 
 async fn remove<D: Disk>(disk: &D, context: &Context, ticket: [u8; 16], folders: &[String]) -> Outcome {

@@ -11,6 +11,7 @@ pub mod disk;
 pub mod error;
 pub mod ids;
 pub mod limits;
+pub mod ontology;
 pub mod posix;
 pub mod read;
 pub mod recover;

@@ -38,6 +38,17 @@ pub const FIXED_ROW_BYTES_MAX: u64 = 16 << 20;
 /// Leaf columns of a schema. Bounds encoder memory and the size of a chunk record.
 pub const SCHEMA_LEAVES_MAX: usize = 4096;
 
+/// Distinct values of a text leaf that a chunk's index keeps. Sized for names of frames, states and
+/// encodings; a leaf with more has only its bounds.
+pub const VALUE_SET_MAX: usize = 16;
+
+/// Longest text in such a set, in bytes.
+pub const VALUE_SET_TEXT_BYTES: usize = 64;
+
+/// Chunks whose statistics lie together in one value of the skip index.
+/// Smaller: more keys to step over in a scan. Larger: more bytes to read for one topic.
+pub const SKIP_BLOCK_CHUNKS: usize = 256;
+
 /// Chunks read and decoded at once, over all readers. Each holds its bytes twice for a moment.
 pub const CHUNKS_LOADING_MAX: usize = 8;
 

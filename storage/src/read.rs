@@ -8,7 +8,7 @@
 
 use crate::catalog::Look;
 use crate::catalog::records::TopicRecord;
-use crate::chunk::decode::{ChunkBytes, decode, verify_columns};
+use crate::chunk::decode::{ChunkBytes, RowGroup, decode, decode_leaves, verify_columns};
 use crate::chunk::record::ChunkRecord;
 use crate::disk::{Disk, IoCounters};
 use crate::error::{Result, StorageError};
@@ -129,12 +129,36 @@ impl TopicView {
         let Some(message) = look.topic_schema(record.no)? else {
             return Ok(None);
         };
-        let schema = Arc::new(TopicSchema::derive(schema_from_ipc(&message)?)?);
+        let schema = Arc::new(TopicSchema::derive(crate::schema::from_ipc(&message)?)?);
         let descriptor = Arc::new(ArrowSchemaConverter::new().convert(&schema.stored)?);
         let chunks = look.chunks(record.no)?;
         let tail = look.tail(record.no, chunks.last().map_or(0, |chunk| chunk.end_batch))?;
         let dir = segment::topic_dir(data_dir, record.sequence, record.id);
         Ok(Some(Self { record, schema, descriptor, dir, chunks, tail }))
+    }
+
+    /// Its chunks, in row order.
+    pub fn chunks(&self) -> &[ChunkRecord] {
+        &self.chunks
+    }
+
+    /// Everything that has rows, in arrival order.
+    pub fn places(&self) -> Vec<Place> {
+        self.sources().map(|source| source.place).collect()
+    }
+
+    /// Smallest and largest time of a source.
+    pub fn time_of(&self, place: Place) -> Option<(i64, i64)> {
+        match place {
+            Place::Chunk(index) => self.chunks.get(index)?.time,
+            Place::Tail(index) => self.tail.get(index)?.time,
+        }
+    }
+
+    /// What has rows, in groups that follow one another in time; the rows of one group interleave.
+    pub fn time_groups(&self) -> Vec<Vec<Place>> {
+        let groups = groups(self.sources(), Window::default());
+        groups.into_iter().map(|group| group.into_iter().map(|source| source.place).collect()).collect()
     }
 
     fn sources(&self) -> impl Iterator<Item = Source> {
@@ -161,20 +185,12 @@ impl TopicView {
     }
 }
 
-/// Decodes the schema of a stored IPC schema message.
-///
-/// # Errors
-/// When the bytes are not one.
-pub fn schema_from_ipc(message: &[u8]) -> Result<arrow::datatypes::SchemaRef> {
-    let broken = |text: String| StorageError::Decode { what: "schema", text };
-    let message = arrow::ipc::root_as_message(message).map_err(|error| broken(error.to_string()))?;
-    let schema = message.header_as_schema().ok_or_else(|| broken("not a schema message".to_owned()))?;
-    Ok(Arc::new(arrow::ipc::convert::try_fb_to_schema(schema)?))
-}
-
+/// Where rows of a topic lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Place {
+pub enum Place {
+    /// A chunk, by its position.
     Chunk(usize),
+    /// A run of the tail, by its position.
     Tail(usize),
 }
 
@@ -289,9 +305,9 @@ impl Loader {
         let (chunk, schema, descriptor) = (chunk.clone(), Arc::clone(&view.schema), Arc::clone(&view.descriptor));
         // Checksums and decoding are CPU work: off the threads that serve sockets.
         let decoded = tokio::task::spawn_blocking(move || {
-            let bytes = ChunkBytes { base: chunk.offset, bytes };
-            verify_columns(&path, &chunk, &bytes)?;
-            let batches = decode(&schema.stored, &descriptor, &chunk.columns, chunk.rows(), bytes)?;
+            let bytes = ChunkBytes::whole(chunk.offset, bytes);
+            verify_columns(&path, &chunk, &bytes, None)?;
+            let batches = decode(row_group(&schema, &descriptor, &chunk), bytes)?;
             match batches.as_slice() {
                 [one] => Ok::<_, StorageError>(one.clone()),
                 many => Ok(arrow::compute::concat_batches(&schema.stored, many)?),
@@ -300,6 +316,45 @@ impl Loader {
         let batch = decoded.await.map_err(|error| StorageError::Format { op: "decode", text: error.to_string() })??;
         self.keep(key, batch.clone());
         Ok(batch)
+    }
+
+    /// Some leaf columns of a source, in the schema that is left without the others (the tail and what
+    /// is cached come whole), and the bytes that were read for it. Nothing but the pages of these
+    /// columns is read.
+    ///
+    /// # Errors
+    /// When the file cannot be read or its bytes are damaged.
+    pub async fn load_leaves(&self, view: &TopicView, place: Place, leaves: &[usize]) -> Result<(RecordBatch, u64)> {
+        let Place::Chunk(index) = place else {
+            return Ok((self.load(view, place).await?, 0));
+        };
+        let chunk = view.chunks.get(index).ok_or(StorageError::Gone)?;
+        if let Some(batch) = self.cached((view.record.no, chunk.first_row)) {
+            return Ok((batch, 0));
+        }
+        // Cancel-safety: the place is given back by drop.
+        let _place = self.loading.acquire().await.map_err(|_| StorageError::Gone)?;
+        let path = view.dir.join(segment::file_name(chunk.segment));
+        let mut parts = Vec::new();
+        let mut read = 0;
+        for (at, length) in windows(chunk, leaves) {
+            let (reply, answer) = oneshot::channel();
+            let job = ReadJob { path: path.clone(), at, length, reply };
+            self.jobs.send(job).await.map_err(|_| StorageError::Gone)?;
+            parts.push((at, answer.await.map_err(|_| StorageError::Gone)??));
+            read += length;
+        }
+        let (chunk, schema, descriptor) = (chunk.clone(), Arc::clone(&view.schema), Arc::clone(&view.descriptor));
+        let leaves = leaves.to_vec();
+        let decoded = tokio::task::spawn_blocking(move || {
+            let bytes = ChunkBytes::parts(parts);
+            verify_columns(&path, &chunk, &bytes, Some(&leaves))?;
+            let batches = decode_leaves(row_group(&schema, &descriptor, &chunk), bytes, &leaves)?;
+            let schema = batches.first().map(RecordBatch::schema).ok_or(StorageError::Gone)?;
+            Ok::<_, StorageError>(arrow::compute::concat_batches(&schema, &batches)?)
+        });
+        let batch = decoded.await.map_err(|error| StorageError::Format { op: "decode", text: error.to_string() })??;
+        Ok((batch, read))
     }
 
     fn cached(&self, (no, row): (TopicNo, u64)) -> Option<RecordBatch> {
@@ -322,6 +377,27 @@ impl Loader {
             }
         }
     }
+}
+
+fn row_group<'a>(schema: &'a TopicSchema, descriptor: &'a SchemaDescPtr, chunk: &'a ChunkRecord) -> RowGroup<'a> {
+    RowGroup { schema: &schema.stored, descriptor, columns: &chunk.columns, rows: chunk.rows(), base: chunk.offset }
+}
+
+/// The block-aligned windows of a file that hold some columns of a chunk: neighbours are read together.
+fn windows(chunk: &ChunkRecord, leaves: &[usize]) -> Vec<(u64, u64)> {
+    let mut windows: Vec<(u64, u64)> = Vec::new();
+    for (index, (offset, column)) in chunk.column_places().enumerate() {
+        if !leaves.contains(&index) {
+            continue;
+        }
+        let from = segment::block_floor(offset);
+        let to = offset + column.encoded_bytes;
+        match windows.last_mut() {
+            Some((start, length)) if from <= segment::block_ceil(*start + *length) => *length = to - *start,
+            _ => windows.push((from, to - from)),
+        }
+    }
+    windows
 }
 
 /// A position in a topic's rows, in time order.

@@ -12,7 +12,6 @@ use crate::disk::{Disk, Durability, IoCounters, make_dirs};
 use crate::error::{Result, StorageError};
 use crate::ids::SegmentId;
 use crate::limits::RING_BUFFER_BYTES;
-use crate::read::schema_from_ipc;
 use crate::schema::TopicSchema;
 use crate::segment::{self, FIRST_CHUNK_OFFSET, FooterFacts};
 use std::collections::HashSet;
@@ -35,7 +34,7 @@ pub async fn seal_topic<D: Disk>(
     let Some(message) = look.topic_schema(topic.no)? else {
         return Ok(Vec::new());
     };
-    let schema = TopicSchema::derive(schema_from_ipc(&message)?)?;
+    let schema = TopicSchema::derive(crate::schema::from_ipc(&message)?)?;
     let mut segments = look.segments(topic.no)?;
     if segments.is_empty() && below.is_none() {
         segments.push(SegmentRecord {

@@ -268,6 +268,109 @@ fn leaf_count(data_type: &DataType) -> usize {
     if children.is_empty() { 1 } else { children.into_iter().map(leaf_count).sum() }
 }
 
+/// The leaf at a dotted path through structs only, with the nulls of its parents. Names may contain
+/// dots themselves: the first field that fits is taken.
+pub fn flat_leaf(batch: &RecordBatch, path: &str) -> Option<ArrayRef> {
+    let schema = batch.schema_ref();
+    let (index, rest) = schema.fields().iter().enumerate().find_map(|(index, field)| {
+        let rest = step_into(field, path)?;
+        Some((index, rest))
+    })?;
+    let mut array = Arc::clone(batch.column(index));
+    let mut rest = rest;
+    while let Some(path) = rest {
+        let parent = arrow::array::AsArray::as_struct_opt(&array)?.clone();
+        let (index, next) = parent
+            .fields()
+            .iter()
+            .enumerate()
+            .find_map(|(index, field)| step_into(field, path).map(|rest| (index, rest)))?;
+        array = crate::chunk::stats::child_under_nulls(&parent, index);
+        rest = next;
+    }
+    Some(array)
+}
+
+/// What is left of a path behind a field: nothing at its end, `None` if the path leads elsewhere.
+fn step_into<'p>(field: &Field, path: &'p str) -> Option<Option<&'p str>> {
+    match path.strip_prefix(field.name().as_str())? {
+        "" => Some(None),
+        rest => {
+            let rest = rest.strip_prefix('.')?;
+            let DataType::Struct(children) = field.data_type() else { return None };
+            children.iter().any(|child| step_into(child, rest).is_some()).then_some(Some(rest))
+        }
+    }
+}
+
+/// The type of the field at a dotted path through structs only.
+pub fn field_at<'s>(schema: &'s Schema, path: &str) -> Option<&'s DataType> {
+    in_fields(schema.fields(), path)
+}
+
+/// The same inside of a type.
+pub fn field_in<'s>(data_type: &'s DataType, path: &str) -> Option<&'s DataType> {
+    match data_type {
+        DataType::Struct(fields) => in_fields(fields, path),
+        _ => None,
+    }
+}
+
+fn in_fields<'s>(fields: &'s Fields, path: &str) -> Option<&'s DataType> {
+    let (field, rest) = fields.iter().find_map(|field| step_into(field, path).map(|rest| (field, rest)))?;
+    match rest {
+        None => Some(field.data_type()),
+        Some(rest) => field_in(field.data_type(), rest),
+    }
+}
+
+/// The Parquet leaf columns below a field at a dotted path, or below a field inside of its list elements.
+pub fn parquet_leaves(schema: &Schema, path: &str, inner: Option<&str>) -> Vec<usize> {
+    let mut leaf = 0;
+    leaves_below(schema.fields(), path, inner, &mut leaf).unwrap_or_default()
+}
+
+fn leaves_below(fields: &Fields, path: &str, inner: Option<&str>, leaf: &mut usize) -> Option<Vec<usize>> {
+    for field in fields {
+        match (step_into(field, path), field.data_type()) {
+            (None, other) => *leaf += leaf_count(other),
+            (Some(Some(rest)), DataType::Struct(children)) => return leaves_below(children, rest, inner, leaf),
+            (Some(_), found) => {
+                return match (inner, found) {
+                    (
+                        Some(inner),
+                        DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _),
+                    ) => match item.data_type() {
+                        DataType::Struct(children) => leaves_below(children, inner, None, leaf),
+                        _ => None,
+                    },
+                    (_, found) => Some((*leaf..*leaf + leaf_count(found)).collect()),
+                };
+            }
+        }
+    }
+    None
+}
+
+/// A schema as the catalog keeps it: an IPC schema message.
+pub fn to_ipc(schema: &Schema) -> Vec<u8> {
+    use arrow::ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteOptions};
+    let mut dictionaries = DictionaryTracker::new(false);
+    let options = IpcWriteOptions::default();
+    IpcDataGenerator::default().schema_to_bytes_with_dictionary_tracker(schema, &mut dictionaries, &options).ipc_message
+}
+
+/// Decodes an IPC schema message.
+///
+/// # Errors
+/// When the bytes are not one.
+pub fn from_ipc(message: &[u8]) -> Result<SchemaRef> {
+    let broken = |text: String| StorageError::Decode { what: "schema", text };
+    let message = arrow::ipc::root_as_message(message).map_err(|error| broken(error.to_string()))?;
+    let schema = message.header_as_schema().ok_or_else(|| broken("not a schema message".to_owned()))?;
+    Ok(Arc::new(arrow::ipc::convert::try_fb_to_schema(schema)?))
+}
+
 /// Number of array nodes in a batch of this schema: each costs heap beyond its data.
 pub fn node_count(schema: &Schema) -> usize {
     fn nodes(data_type: &DataType) -> usize {

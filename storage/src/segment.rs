@@ -43,6 +43,11 @@ pub fn head_block() -> Vec<u8> {
     block
 }
 
+/// Rounds down to a block boundary.
+pub const fn block_floor(bytes: u64) -> u64 {
+    bytes - bytes % BLOCK_BYTES
+}
+
 /// Rounds up to the next block boundary.
 pub const fn block_ceil(bytes: u64) -> u64 {
     bytes.next_multiple_of(BLOCK_BYTES)

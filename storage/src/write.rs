@@ -225,9 +225,10 @@ impl<D: Disk> SegmentWriter<D> {
             at: start,
             buf: None,
             filled: 0,
+            since_breath: 0,
             writes: Vec::new(),
         };
-        let encoded = encode(disk, shared, encoder, chunk, (current.id, start), &mut sink).await;
+        let encoded = encode(shared, encoder, chunk, (current.id, start), &mut sink).await;
         let result = match encoded {
             Ok(columns) => finish(&mut sink, current, self.topic_id, topic, chunk, columns).await,
             Err(error) => Err(error),
@@ -243,7 +244,16 @@ impl<D: Disk> SegmentWriter<D> {
         let padded = trailer.record.padded_length;
         current.write_at = start + padded;
         shared.prealloc.give_back(padded.min(current.allocated.saturating_sub(start)));
-        let skip = SkipRecord { fields: stats::collect(&schema.stored, &chunk.batches) };
+        let mut collector = stats::Collector::new(&schema.stored, encoder.derived());
+        let mut slice = Instant::now();
+        for batch in &chunk.batches {
+            collector.add(batch);
+            if slice.elapsed() >= shared.encode_slice {
+                disk.breathe().await;
+                slice = Instant::now();
+            }
+        }
+        let skip = SkipRecord { fields: collector.finish() };
         let segment = SegmentRecord {
             no: current.no,
             id: current.id,
@@ -307,7 +317,6 @@ async fn preallocate<D: Disk>(disk: &D, shared: &Shared, current: &mut Current<D
 
 /// Encodes the rows into the sink, parking often enough for others; returns the columns.
 async fn encode<D: Disk>(
-    disk: &D,
     shared: &Shared,
     encoder: &TopicEncoder,
     chunk: &ChunkRows,
@@ -321,9 +330,16 @@ async fn encode<D: Disk>(
     while let Some(pieces) = encoding.step()? {
         for piece in pieces {
             match piece {
+                // A page may be one value of 45 MiB: its parts are submitted as they are copied.
                 Piece::Page(bytes) => {
-                    crc = crc32c::crc32c_append(crc, &bytes);
-                    sink.put(&bytes).await;
+                    for part in bytes.chunks(RING_BUFFER_BYTES) {
+                        crc = crc32c::crc32c_append(crc, part);
+                        sink.put(part).await;
+                        if slice.elapsed() >= shared.encode_slice || sink.since_breath >= RING_BUFFER_BYTES {
+                            sink.breathe().await;
+                            slice = Instant::now();
+                        }
+                    }
                 }
                 Piece::ColumnEnd(mut column) => {
                     column.crc = crc;
@@ -333,7 +349,7 @@ async fn encode<D: Disk>(
             }
         }
         if slice.elapsed() >= shared.encode_slice {
-            disk.breathe().await;
+            sink.breathe().await;
             slice = Instant::now();
         }
     }
@@ -384,6 +400,8 @@ struct Sink<D: Disk> {
     at: u64,
     buf: Option<D::Buf>,
     filled: usize,
+    /// Bytes handed over since the thread parked last.
+    since_breath: usize,
     writes: Vec<JoinHandle<io::Result<()>>>,
 }
 
@@ -405,12 +423,19 @@ impl<D: Disk> Sink<D> {
                 into.copy_from_slice(now);
             }
             self.filled += take;
+            self.since_breath += take;
             self.buf = Some(buf);
             bytes = later;
             if self.filled == RING_BUFFER_BYTES {
                 self.flush();
             }
         }
+    }
+
+    /// Parks: the kernel gets what was submitted, other topics of the thread their turn (INV-10).
+    async fn breathe(&mut self) {
+        self.since_breath = 0;
+        self.disk.breathe().await;
     }
 
     /// Submits what is in the buffer, which ends on a block boundary.
@@ -474,6 +499,154 @@ impl<F: Clone + 'static> Pending<F> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chunk::{Compression, Format};
+    use crate::ids::{SequenceId, SessionId};
+    use arrow::array::{ArrayRef, BinaryArray, Int64Array};
+    use arrow::datatypes::{DataType, Field, Schema};
+    use std::cell::RefCell;
+    use std::path::Path;
+
+    /// What was asked of a [`Counting`] disk, in order.
+    #[derive(Debug, PartialEq)]
+    enum Asked {
+        Write(usize),
+        Breathe,
+    }
+
+    /// A disk that only notes when it was written to and when its thread parked.
+    #[derive(Clone, Default)]
+    struct Counting(Rc<RefCell<Vec<Asked>>>);
+
+    #[expect(clippy::manual_async_fn, reason = "an async fn would hold on to its arguments")]
+    impl Disk for Counting {
+        type File = ();
+        type Buf = Vec<u8>;
+        async fn buffer(&self) -> Vec<u8> {
+            vec![0; RING_BUFFER_BYTES]
+        }
+        fn registered(&self) -> bool {
+            false
+        }
+        async fn create(&self, _path: &Path) -> io::Result<()> {
+            Ok(())
+        }
+        async fn open(&self, _path: &Path) -> io::Result<()> {
+            Ok(())
+        }
+        fn write(
+            &self,
+            (): &(),
+            buf: Vec<u8>,
+            len: usize,
+            _at: u64,
+            _durability: Durability,
+        ) -> impl Future<Output = (io::Result<()>, Vec<u8>)> + 'static {
+            self.0.borrow_mut().push(Asked::Write(len));
+            async { (Ok(()), buf) }
+        }
+        fn read(
+            &self,
+            (): &(),
+            buf: Vec<u8>,
+            _len: usize,
+            _at: u64,
+        ) -> impl Future<Output = (io::Result<usize>, Vec<u8>)> + 'static {
+            async { (Ok(0), buf) }
+        }
+        fn sync(&self, (): &()) -> impl Future<Output = io::Result<()>> + 'static {
+            async { Ok(()) }
+        }
+        async fn allocate(&self, (): &(), _from: u64, _length: u64) -> io::Result<()> {
+            Ok(())
+        }
+        async fn truncate(&self, (): &(), _length: u64) -> io::Result<()> {
+            Ok(())
+        }
+        async fn make_dir(&self, _path: &Path) -> io::Result<()> {
+            Ok(())
+        }
+        async fn sync_dir(&self, _path: &Path) -> io::Result<()> {
+            Ok(())
+        }
+        async fn link(&self, _from: &Path, _to: &Path) -> io::Result<()> {
+            Ok(())
+        }
+        async fn remove_dir(&self, _path: &Path) -> io::Result<()> {
+            Ok(())
+        }
+        async fn breathe(&self) {
+            self.0.borrow_mut().push(Asked::Breathe);
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn blob_topic() -> TopicRecord {
+        TopicRecord {
+            no: TopicNo(1),
+            id: TopicId::random(),
+            sequence: SequenceId::random(),
+            session: SessionId::random(),
+            locator: "s/cam".to_owned(),
+            ontology_tag: "test".to_owned(),
+            format: Format::Image,
+            user_metadata: "{}".to_owned(),
+            created_at_ns: 0,
+            completed_at_ns: None,
+        }
+    }
+
+    /// Nothing a writer hands over waits behind more than one ring buffer's worth of encoding: its
+    /// thread parks, which submits, at least once per mebibyte, even inside a single huge value.
+    #[test]
+    fn inv_10_a_writer_parks_at_least_once_per_mebibyte_even_within_one_value_of_40_mib() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let disk = Counting::default();
+        let asked = Rc::clone(&disk.0);
+        let work = async move {
+            let wire = Arc::new(Schema::new(vec![
+                Field::new("timestamp_ns", DataType::Int64, false),
+                Field::new("data", DataType::Binary, false),
+            ]));
+            let schema = TopicSchema::check(Arc::clone(&wire)).expect("a schema");
+            let blob = vec![7_u8; 40 << 20];
+            let columns: Vec<ArrayRef> =
+                vec![Arc::new(Int64Array::from(vec![1])), Arc::new(BinaryArray::from_vec(vec![&blob]))];
+            let chunk = ChunkRows {
+                batches: vec![RecordBatch::try_new(wire, columns).expect("a batch")],
+                marks: vec![BatchMark { rows: 1, hash: 0 }],
+                first_batch: 0,
+                first_row: 0,
+                data_bytes: 40 << 20,
+                time: Some((1, 1)),
+                time_sorted: true,
+            };
+            let shared = Shared {
+                data_dir: PathBuf::from("/nowhere"),
+                segment_bytes: 256 << 20,
+                prealloc: Arc::new(PreallocBudget::new(0)),
+                counters: IoCounters::shared(),
+                // Never by time: only the count is under test.
+                encode_slice: Duration::from_secs(3600),
+            };
+            let topic = blob_topic();
+            let encoder = TopicEncoder::new(&schema.stored, topic.format, Compression::None).expect("an encoder");
+            let mut place = SegmentWriter::new(&shared, &topic);
+            let pending = place.write(&disk, &shared, &schema, &encoder, topic.no, &chunk).await.expect("written");
+            pending.durable(&disk).await.expect("durable");
+        };
+        tokio::task::LocalSet::new().block_on(&runtime, work);
+        let (mut since, mut most) = (0, 0);
+        for asked in asked.borrow().iter() {
+            match asked {
+                Asked::Write(bytes) => since += bytes,
+                Asked::Breathe => since = 0,
+            }
+            most = most.max(since);
+        }
+        assert!(most <= 2 * RING_BUFFER_BYTES, "{most} bytes were handed over without parking");
+        let parked = asked.borrow().iter().filter(|asked| **asked == Asked::Breathe).count();
+        assert!(parked >= 40, "parked {parked} times in 40 MiB");
+    }
 
     const MIB: u64 = 1 << 20;
 

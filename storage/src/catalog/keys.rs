@@ -128,6 +128,30 @@ pub fn topic_schema(no: TopicNo) -> Vec<u8> {
     tagged(b'c', &no.0.to_be_bytes())
 }
 
+/// `topics`: which version of its ontology a topic has.
+pub fn topic_ontology(no: TopicNo) -> Vec<u8> {
+    tagged(b'v', &no.0.to_be_bytes())
+}
+
+/// `topics`: the blocks of a topic in the skip index.
+pub fn topic_blocks(no: TopicNo) -> Vec<u8> {
+    tagged(b'b', &no.0.to_be_bytes())
+}
+
+/// `topics`: all topics of an ontology tag (tags have no control characters).
+pub fn tag_topics(tag: &str) -> Vec<u8> {
+    let mut key = tagged(b'g', tag.as_bytes());
+    key.push(0);
+    key
+}
+
+/// `topics`: one topic of an ontology tag.
+pub fn tag_topic(tag: &str, no: TopicNo) -> Vec<u8> {
+    let mut key = tag_topics(tag);
+    key.extend_from_slice(&no.0.to_be_bytes());
+    key
+}
+
 /// `topics`: the number of a locator (`sequence/topic`).
 pub fn topic_locator(locator: &str) -> Vec<u8> {
     tagged(b'n', locator.as_bytes())
@@ -150,7 +174,70 @@ pub fn sequence_topic(sequence: SequenceId, no: TopicNo) -> Vec<u8> {
     key
 }
 
-/// `segments`, `chunks`, `skip`, `tail`: everything of a topic.
+/// `skip`: the statistics of the chunks of a topic that are not packed into blocks yet.
+pub fn skip_open_of(no: TopicNo) -> Vec<u8> {
+    tagged(b'o', &no.0.to_be_bytes())
+}
+
+/// `skip`: the statistics of the chunk that starts at a row, not packed yet.
+pub fn skip_open(no: TopicNo, first_row: u64) -> Vec<u8> {
+    let mut key = skip_open_of(no);
+    key.extend_from_slice(&first_row.to_be_bytes());
+    key
+}
+
+/// Identity of an index column: a tag and a path, over all topics.
+pub fn index_column(tag: &str, path: &str) -> [u8; 16] {
+    xxhash_rust::xxh3::xxh3_128(format!("{tag}.{path}").as_bytes()).to_be_bytes()
+}
+
+/// `skip`: one column of one topic, from the block that starts at a chunk on.
+pub fn skip_block(column: &[u8; 16], no: TopicNo, first_chunk: u32) -> Vec<u8> {
+    let mut key = tagged(b'b', column);
+    key.extend_from_slice(&no.0.to_be_bytes());
+    key.extend_from_slice(&first_chunk.to_be_bytes());
+    key
+}
+
+/// `ontologies`: all versions of a tag.
+pub fn ontology_versions(tag: &str) -> Vec<u8> {
+    let mut key = tag.as_bytes().to_vec();
+    key.push(0);
+    key
+}
+
+/// `ontologies`: one version.
+pub fn ontology(tag: &str, version: u32) -> Vec<u8> {
+    let mut key = ontology_versions(tag);
+    key.extend_from_slice(&version.to_be_bytes());
+    key
+}
+
+/// `notifications`: all of a sequence and its topics.
+pub fn sequence_notifications(sequence: SequenceId) -> Vec<u8> {
+    sequence.bytes().to_vec()
+}
+
+/// `notifications`: all of one thing: a topic, or number 0 for the sequence itself.
+pub fn notifications_of(sequence: SequenceId, topic: TopicNo) -> Vec<u8> {
+    let mut key = sequence_notifications(sequence);
+    key.extend_from_slice(&topic.0.to_be_bytes());
+    key
+}
+
+/// `notifications`: one, in the order they came.
+pub fn notification(sequence: SequenceId, topic: TopicNo, no: u64) -> Vec<u8> {
+    let mut key = notifications_of(sequence, topic);
+    key.extend_from_slice(&no.to_be_bytes());
+    key
+}
+
+/// `meta`: a layer (v0) by name.
+pub fn layer(name: &str) -> Vec<u8> {
+    tagged(b'l', name.as_bytes())
+}
+
+/// `segments`, `chunks`, `tail`: everything of a topic.
 pub fn of_topic(no: TopicNo) -> Vec<u8> {
     no.0.to_be_bytes().to_vec()
 }
@@ -162,7 +249,7 @@ pub fn segment(no: TopicNo, segment: u32) -> Vec<u8> {
     key
 }
 
-/// `chunks` and `skip`: the chunk that starts at a row.
+/// `chunks`: the chunk that starts at a row.
 pub fn chunk(no: TopicNo, first_row: u64) -> Vec<u8> {
     let mut key = of_topic(no);
     key.extend_from_slice(&first_row.to_be_bytes());

@@ -7,15 +7,20 @@
 
 pub mod keys;
 pub mod records;
+pub mod skip;
 
 use crate::chunk::ChunkRecord;
 use crate::chunk::record::SkipRecord;
 use crate::error::{Result, StorageError};
 use crate::ids::{SequenceId, SessionId, TopicId, TopicNo};
 use crate::limits;
+use crate::ontology::{Ontology, OntologyRecord};
 use crate::tail::TailRun;
 use keys::Family;
-use records::{DeletionRecord, SegmentRecord, SequenceRecord, SessionRecord, TopicRecord, TopicTotals, pack, unpack};
+use records::{
+    BlockMark, DeletionRecord, NotificationRecord, SegmentRecord, SequenceRecord, SessionRecord, TopicOntology,
+    TopicRecord, TopicTotals, pack, unpack,
+};
 use rocksdb::{
     BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode,
     DBWithThreadMode, IteratorMode, MultiThreaded, Options, WriteBatch, WriteBufferManager, WriteOptions,
@@ -230,9 +235,14 @@ pub trait Look {
         self.records(Family::Chunks, &keys::of_topic(no))
     }
 
-    /// The statistics of a chunk.
+    /// The statistics of a chunk that is not packed into a block yet.
     fn skip(&self, no: TopicNo, first_row: u64) -> Result<Option<SkipRecord>> {
-        self.record(Family::Skip, &keys::chunk(no, first_row))
+        self.record(Family::Skip, &keys::skip_open(no, first_row))
+    }
+
+    /// The statistics of a topic's chunks that are not packed into blocks yet, in row order.
+    fn skips_apart(&self, no: TopicNo) -> Result<Vec<SkipRecord>> {
+        self.records(Family::Skip, &keys::skip_open_of(no))
     }
 
     /// A topic's segments.
@@ -255,6 +265,44 @@ pub trait Look {
             Ok(true)
         })?;
         Ok(runs)
+    }
+
+    /// Which version of its ontology a topic has; `None` before the first DoPut.
+    fn topic_ontology(&self, no: TopicNo) -> Result<Option<TopicOntology>> {
+        self.record(Family::Topics, &keys::topic_ontology(no))
+    }
+
+    /// The topics of an ontology tag, in order.
+    fn topics_of_tag(&self, tag: &str) -> Result<Vec<TopicNo>> {
+        self.records(Family::Topics, &keys::tag_topics(tag))
+    }
+
+    /// The blocks of the skip index that a topic has.
+    fn skip_blocks(&self, no: TopicNo) -> Result<Vec<BlockMark>> {
+        Ok(self.record(Family::Topics, &keys::topic_blocks(no))?.unwrap_or_default())
+    }
+
+    /// One version of an ontology.
+    fn ontology(&self, tag: &str, version: u32) -> Result<Option<OntologyRecord>> {
+        self.record(Family::Ontologies, &keys::ontology(tag, version))
+    }
+
+    /// Every version of every ontology, by tag.
+    fn ontologies(&self) -> Result<Vec<OntologyRecord>> {
+        self.records(Family::Ontologies, b"")
+    }
+
+    /// The version of its ontology that a topic was opened with, decoded.
+    fn ontology_of(&self, no: TopicNo) -> Result<Option<Ontology>> {
+        let (Some(topic), Some(of_topic)) = (self.topic(no)?, self.topic_ontology(no)?) else {
+            return Ok(None);
+        };
+        self.ontology(&topic.ontology_tag, of_topic.version)?.map(Ontology::load).transpose()
+    }
+
+    /// The notifications of a sequence (topic number 0) or of one of its topics, oldest first.
+    fn notifications(&self, sequence: SequenceId, topic: TopicNo) -> Result<Vec<NotificationRecord>> {
+        self.records(Family::Notifications, &keys::notifications_of(sequence, topic))
     }
 
     /// Deletions whose files may still be there.
@@ -513,36 +561,55 @@ impl Txn<'_> {
         self.put(Family::Topics, keys::topic(record.no), record)?;
         self.put(Family::Topics, keys::topic_locator(&record.locator), &record.no)?;
         self.put(Family::Topics, keys::topic_id(record.id), &record.no)?;
+        self.put(Family::Topics, keys::tag_topic(&record.ontology_tag, record.no), &record.no)?;
         self.put(Family::Topics, keys::sequence_topic(record.sequence, record.no), &record.no)
     }
 
     /// Writes a chunk with its statistics and drops the tail it replaces.
     pub fn put_chunk(&mut self, no: TopicNo, record: &ChunkRecord, skip: &SkipRecord) -> Result<()> {
         self.put(Family::Chunks, keys::chunk(no, record.first_row), record)?;
-        self.put(Family::Skip, keys::chunk(no, record.first_row), skip)?;
+        self.put(Family::Skip, keys::skip_open(no, record.first_row), skip)?;
         let from = keys::tail(no, record.first_batch);
         let to = keys::tail(no, record.end_batch);
         if from < to {
-            self.ops.push(Op::DeleteRange(Family::Tail, from, to));
+            self.delete_range(Family::Tail, from, to);
         }
         Ok(())
     }
 
+    /// Removes the keys from the first up to, not including, the second.
+    fn delete_range(&mut self, family: Family, from: Vec<u8>, to: Vec<u8>) {
+        self.ops.push(Op::DeleteRange(family, from, to));
+    }
+
     /// Removes a topic with everything of it.
-    pub fn delete_topic(&mut self, record: &TopicRecord) {
+    pub fn delete_topic(&mut self, record: &TopicRecord) -> Result<()> {
+        self.delete_blocks(record)?;
         for key in [
             keys::topic(record.no),
             keys::topic_totals(record.no),
             keys::topic_schema(record.no),
+            keys::topic_ontology(record.no),
+            keys::topic_blocks(record.no),
             keys::topic_locator(&record.locator),
             keys::topic_id(record.id),
+            keys::tag_topic(&record.ontology_tag, record.no),
             keys::sequence_topic(record.sequence, record.no),
         ] {
             self.delete(Family::Topics, key);
         }
-        for family in [Family::Segments, Family::Chunks, Family::Skip, Family::Tail] {
+        for family in [Family::Segments, Family::Chunks, Family::Tail] {
             self.ops.push(Op::DeletePrefix(family, keys::of_topic(record.no)));
         }
+        self.ops.push(Op::DeletePrefix(Family::Skip, keys::skip_open_of(record.no)));
+        let notifications = keys::notifications_of(record.sequence, record.no);
+        self.ops.push(Op::DeletePrefix(Family::Notifications, notifications));
+        Ok(())
+    }
+
+    /// Removes everything under a prefix.
+    pub fn delete_prefix(&mut self, family: Family, prefix: Vec<u8>) {
+        self.ops.push(Op::DeletePrefix(family, prefix));
     }
 
     /// Removes a session; its topics are removed one by one.
@@ -556,5 +623,6 @@ impl Txn<'_> {
     pub fn delete_sequence(&mut self, record: &SequenceRecord) {
         self.delete(Family::Sequences, keys::sequence(record.id));
         self.delete(Family::Sequences, keys::sequence_name(&record.name));
+        self.ops.push(Op::DeletePrefix(Family::Notifications, keys::sequence_notifications(record.id)));
     }
 }

@@ -108,6 +108,50 @@ pub struct SegmentRecord {
     pub sealed_length: Option<u64>,
 }
 
+/// Which version of its ontology a topic was opened with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicOntology {
+    /// The version of its tag.
+    pub version: u32,
+    /// What is unusual about it, for whoever looks at the topic.
+    pub note: Option<String>,
+}
+
+/// A block of the skip index: consecutive chunks of a topic, by their position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockMark {
+    /// Position of its first chunk.
+    pub first_chunk: u32,
+    /// Chunks in it.
+    pub chunks: u32,
+}
+
+/// A message that a client left on a sequence or topic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotificationRecord {
+    /// The kind; clients know only `error`.
+    pub kind: String,
+    /// The text.
+    pub text: String,
+    /// Nanoseconds since 1970.
+    pub created_at_ns: i64,
+}
+
+/// An API key; the token itself is not kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyRecord {
+    /// SHA-256 of the token.
+    pub hash: [u8; 32],
+    /// `read`, `write`, `delete` or `manage`.
+    pub permissions: String,
+    /// For people.
+    pub description: String,
+    /// Nanoseconds since 1970.
+    pub created_at_ns: i64,
+    /// When it ends; `None`: never.
+    pub expires_at_ns: Option<i64>,
+}
+
 /// Files that a deletion still has to remove.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeletionRecord {

@@ -9,35 +9,55 @@ use crate::error::{Result, StorageError};
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use bytes::{Buf, Bytes};
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
-use parquet::arrow::encode_arrow_schema;
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+};
+use parquet::arrow::{ProjectionMask, encode_arrow_schema};
 use parquet::file::metadata::{ColumnChunkMetaData, FileMetaData, KeyValue, ParquetMetaData, RowGroupMetaData};
 use parquet::file::reader::{ChunkReader, Length};
 use parquet::schema::types::SchemaDescPtr;
 use std::path::Path;
 use std::sync::Arc;
 
-/// A window of a file: `bytes` stand at `base`.
+/// Windows of a file: what was read of it, by offset.
 #[derive(Debug, Clone)]
 pub struct ChunkBytes {
-    /// Offset of the first byte in the file.
-    pub base: u64,
-    /// The bytes.
-    pub bytes: Bytes,
+    parts: Vec<(u64, Bytes)>,
 }
 
 impl ChunkBytes {
+    /// One window: `bytes` stand at `base`.
+    pub fn whole(base: u64, bytes: Bytes) -> Self {
+        Self { parts: vec![(base, bytes)] }
+    }
+
+    /// Several windows, in order.
+    pub fn parts(parts: Vec<(u64, Bytes)>) -> Self {
+        Self { parts }
+    }
+
     fn slice(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
-        let outside = || parquet::errors::ParquetError::EOF(format!("byte {start} lies outside the chunk"));
-        let from = usize::try_from(start.checked_sub(self.base).ok_or_else(outside)?).map_err(|_| outside())?;
-        let to = from.checked_add(length).filter(|to| *to <= self.bytes.len()).ok_or_else(outside)?;
-        Ok(self.bytes.slice(from..to))
+        let inside = self.parts.iter().find_map(|(base, bytes)| {
+            let from = usize::try_from(start.checked_sub(*base)?).ok()?;
+            let to = from.checked_add(length).filter(|to| *to <= bytes.len())?;
+            Some(bytes.slice(from..to))
+        });
+        inside.ok_or_else(|| {
+            parquet::errors::ParquetError::EOF(format!("{length} bytes at {start} lie outside of what was read"))
+        })
+    }
+
+    /// What there is from an offset to the end of its window.
+    fn rest(&self, start: u64) -> parquet::errors::Result<Bytes> {
+        let window = self.parts.iter().find(|(base, bytes)| *base <= start && start <= base + bytes.len() as u64);
+        let length = window.map_or(0, |(base, bytes)| base + bytes.len() as u64 - start);
+        self.slice(start, usize::try_from(length).unwrap_or(usize::MAX))
     }
 }
 
 impl Length for ChunkBytes {
     fn len(&self) -> u64 {
-        self.base + self.bytes.len() as u64
+        self.parts.last().map_or(0, |(base, bytes)| base + bytes.len() as u64)
     }
 }
 
@@ -45,9 +65,7 @@ impl ChunkReader for ChunkBytes {
     type T = bytes::buf::Reader<Bytes>;
 
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
-        let left = self.len().saturating_sub(start);
-        let left = usize::try_from(left).unwrap_or(usize::MAX);
-        Ok(self.slice(start, left)?.reader())
+        Ok(self.rest(start)?.reader())
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
@@ -55,12 +73,15 @@ impl ChunkReader for ChunkBytes {
     }
 }
 
-/// Checks every column chunk in `bytes` against the record.
+/// Checks column chunks in `bytes` against the record: those that are asked for, or all.
 ///
 /// # Errors
 /// [`StorageError::Checksum`] for the first column that differs.
-pub fn verify_columns(path: &Path, record: &ChunkRecord, bytes: &ChunkBytes) -> Result<()> {
+pub fn verify_columns(path: &Path, record: &ChunkRecord, bytes: &ChunkBytes, leaves: Option<&[usize]>) -> Result<()> {
     for (index, (offset, column)) in record.column_places().enumerate() {
+        if leaves.is_some_and(|leaves| !leaves.contains(&index)) {
+            continue;
+        }
         let length = usize::try_from(column.encoded_bytes).unwrap_or(usize::MAX);
         let column_bytes = bytes.slice(offset, length)?;
         let seed = column_crc_seed(record.segment_id, record.epoch, index, offset);
@@ -78,38 +99,63 @@ pub fn verify_columns(path: &Path, record: &ChunkRecord, bytes: &ChunkBytes) -> 
     Ok(())
 }
 
-/// Decodes a whole row group that starts at `bytes.base`.
+/// A row group to decode: where it starts in its file and what it is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct RowGroup<'a> {
+    /// The stored schema.
+    pub schema: &'a SchemaRef,
+    /// The same as Parquet has it.
+    pub descriptor: &'a SchemaDescPtr,
+    /// Its column chunks.
+    pub columns: &'a [ColumnRecord],
+    /// Its rows.
+    pub rows: u64,
+    /// Offset of its first byte.
+    pub base: u64,
+}
+
+/// Decodes a whole row group, in the stored schema to the letter.
 ///
 /// # Errors
 /// When the bytes are not the pages the columns promise.
-pub fn decode(
-    schema: &SchemaRef,
-    descriptor: &SchemaDescPtr,
-    columns: &[ColumnRecord],
-    rows: u64,
-    bytes: ChunkBytes,
-) -> Result<Vec<RecordBatch>> {
-    let group = row_group(descriptor, columns, rows, bytes.base, None)?;
-    let file = FileMetaData::new(
-        1,
-        group.num_rows(),
-        None,
-        Some(vec![KeyValue::new("ARROW:schema".to_owned(), encode_arrow_schema(schema))]),
-        Arc::clone(descriptor),
-        None,
-    );
-    let metadata = Arc::new(ParquetMetaData::new(file, vec![group]));
-    let metadata = ArrowReaderMetadata::try_new(metadata, ArrowReaderOptions::new())?;
-    let batch_rows = usize::try_from(rows).unwrap_or(usize::MAX).max(1);
-    let reader =
-        ParquetRecordBatchReaderBuilder::new_with_metadata(bytes, metadata).with_batch_size(batch_rows).build()?;
+pub fn decode(group: RowGroup<'_>, bytes: ChunkBytes) -> Result<Vec<RecordBatch>> {
     let mut batches = Vec::new();
-    for batch in reader {
+    for batch in reader(group, bytes, None)? {
         let batch = batch?;
         let options = arrow::record_batch::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-        batches.push(RecordBatch::try_new_with_options(Arc::clone(schema), batch.columns().to_vec(), &options)?);
+        let columns = batch.columns().to_vec();
+        batches.push(RecordBatch::try_new_with_options(Arc::clone(group.schema), columns, &options)?);
     }
     Ok(batches)
+}
+
+/// Decodes some leaf columns of a row group, in the schema that is left when the others are taken away.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_leaves(group: RowGroup<'_>, bytes: ChunkBytes, leaves: &[usize]) -> Result<Vec<RecordBatch>> {
+    let batches = reader(group, bytes, Some(leaves))?.collect::<Result<Vec<_>, _>>()?;
+    Ok(batches)
+}
+
+fn reader(group: RowGroup<'_>, bytes: ChunkBytes, leaves: Option<&[usize]>) -> Result<ParquetRecordBatchReader> {
+    let row_group = row_group(group.descriptor, group.columns, group.rows, group.base, None)?;
+    let file = FileMetaData::new(
+        1,
+        row_group.num_rows(),
+        None,
+        Some(vec![KeyValue::new("ARROW:schema".to_owned(), encode_arrow_schema(group.schema))]),
+        Arc::clone(group.descriptor),
+        None,
+    );
+    let metadata = Arc::new(ParquetMetaData::new(file, vec![row_group]));
+    let metadata = ArrowReaderMetadata::try_new(metadata, ArrowReaderOptions::new())?;
+    let batch_rows = usize::try_from(group.rows).unwrap_or(usize::MAX).max(1);
+    let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes, metadata).with_batch_size(batch_rows);
+    if let Some(leaves) = leaves {
+        builder = builder.with_projection(ProjectionMask::leaves(group.descriptor, leaves.iter().copied()));
+    }
+    Ok(builder.build()?)
 }
 
 /// Parquet's metadata of a row group that starts at `base`, with statistics where they are given.

@@ -9,6 +9,7 @@
 use crate::chunk::record::ColumnRecord;
 use crate::error::{Result, StorageError};
 use crate::limits;
+use crate::ontology::Derived;
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, SchemaRef};
 use bytes::Bytes;
@@ -98,6 +99,7 @@ pub struct TopicEncoder {
     queues: Arc<QueueFactory>,
     schema: SchemaRef,
     descriptor: SchemaDescPtr,
+    derived: Vec<Derived>,
 }
 
 impl TopicEncoder {
@@ -112,7 +114,17 @@ impl TopicEncoder {
         let queues = Arc::new(QueueFactory::default());
         let factory = ArrowRowGroupWriterFactory::new(&writer, Arc::clone(schema))
             .with_page_store_factory(Arc::clone(&queues) as Arc<dyn PageStoreFactory>);
-        Ok(Self { factory, queues, schema: Arc::clone(schema), descriptor: Arc::new(descriptor) })
+        Ok(Self { factory, queues, schema: Arc::clone(schema), descriptor: Arc::new(descriptor), derived: Vec::new() })
+    }
+
+    /// The same, with what its ontology adds to the statistics.
+    pub fn with_index(self, derived: Vec<Derived>) -> Self {
+        Self { derived, ..self }
+    }
+
+    /// What the ontology adds to the statistics.
+    pub fn derived(&self) -> &[Derived] {
+        &self.derived
     }
 
     /// The Parquet schema of the files.

@@ -86,7 +86,14 @@ fn round_trip(stored: &SchemaRef, batch: &RecordBatch) -> Result<RecordBatch> {
             }
         }
     }
-    let chunk = decode::ChunkBytes { base: 0, bytes: Bytes::from(bytes) };
-    let decoded = decode::decode(stored, encoder.descriptor(), &columns, batch.num_rows() as u64, chunk)?;
+    let chunk = decode::ChunkBytes::whole(0, Bytes::from(bytes));
+    let group = decode::RowGroup {
+        schema: stored,
+        descriptor: encoder.descriptor(),
+        columns: &columns,
+        rows: batch.num_rows() as u64,
+        base: 0,
+    };
+    let decoded = decode::decode(group, chunk)?;
     Ok(arrow::compute::concat_batches(stored, &decoded)?)
 }

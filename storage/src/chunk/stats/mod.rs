@@ -5,7 +5,12 @@
 //! counted apart and never a bound, text bounds may be cut and then say so.
 //! Lists are described over their elements; lists of lists, maps and blobs by presence only.
 
+mod derived;
+
+pub use derived::{GeoBox, norm, wrap_longitude};
+
 use crate::limits::TEXT_BOUND_BYTES;
+use crate::ontology::Derived;
 use arrow::array::{
     Array, ArrayRef, ArrowPrimitiveType, AsArray, PrimitiveArray, RecordBatch, StringArrayType, StructArray, make_array,
 };
@@ -45,6 +50,23 @@ pub enum Bounds {
         /// Whether `max` is itself a value.
         max_exact: bool,
     },
+    /// Points on the globe.
+    Box(GeoBox),
+    /// All distinct values of a text leaf, sorted.
+    Values(Vec<String>),
+}
+
+impl Bounds {
+    /// The bounds of a text leaf from its smallest and largest value: long ones are cut to a prefix
+    /// below and rounded up above.
+    pub fn text(low: &str, high: &str) -> Self {
+        let cut_low = prefix(low);
+        let (cut_high, max_exact) = upper_bound(high);
+        match cut_high {
+            Some(max) => Self::Text { min: cut_low.to_owned(), max, min_exact: cut_low.len() == low.len(), max_exact },
+            None => Self::None,
+        }
+    }
 }
 
 /// What one leaf of one chunk holds.
@@ -84,27 +106,60 @@ fn leaf_paths(path: String, data_type: &DataType, in_list: bool, paths: &mut Vec
     }
 }
 
-/// Statistics of the rows of several batches of the stored schema, in the order of [`leaves`].
-pub fn collect(schema: &SchemaRef, batches: &[RecordBatch]) -> Vec<FieldStats> {
-    let mut all: Vec<FieldStats> = Vec::new();
-    for batch in batches {
-        let mut of_batch = Vec::with_capacity(all.len());
+/// Gathers the statistics of a chunk, batch by batch.
+#[derive(Debug)]
+pub struct Collector<'a> {
+    leaves: usize,
+    all: Vec<FieldStats>,
+    derived: Vec<derived::Gatherer<'a>>,
+}
+
+impl<'a> Collector<'a> {
+    /// Statistics of the leaves of a stored schema, then of what is derived from them.
+    pub fn new(schema: &SchemaRef, derived: &'a [Derived]) -> Self {
+        Self {
+            leaves: leaves(schema).len(),
+            all: Vec::new(),
+            derived: derived.iter().map(derived::Gatherer::new).collect(),
+        }
+    }
+
+    /// Takes in a batch of the stored schema.
+    pub fn add(&mut self, batch: &RecordBatch) {
+        let mut of_batch = Vec::with_capacity(self.leaves);
         for column in batch.columns() {
             collect_array(column, false, &mut of_batch);
         }
-        if all.is_empty() {
-            all = of_batch;
+        if self.all.is_empty() {
+            self.all = of_batch;
         } else {
-            for (into, from) in all.iter_mut().zip(of_batch) {
+            for (into, from) in self.all.iter_mut().zip(of_batch) {
                 merge(into, from);
             }
         }
+        for gatherer in &mut self.derived {
+            gatherer.add(batch);
+        }
     }
-    if all.is_empty() {
-        let nothing = FieldStats { values: 0, nulls: 0, nans: 0, bounds: Bounds::None };
-        all = vec![nothing; leaves(schema).len()];
+
+    /// The statistics, in the order of [`leaves`] and the derived columns behind them.
+    pub fn finish(mut self) -> Vec<FieldStats> {
+        if self.all.is_empty() {
+            let nothing = FieldStats { values: 0, nulls: 0, nans: 0, bounds: Bounds::None };
+            self.all = vec![nothing; self.leaves];
+        }
+        self.all.extend(self.derived.into_iter().map(derived::Gatherer::finish));
+        self.all
     }
-    all
+}
+
+/// [`Collector`] over all batches at once.
+pub fn collect(schema: &SchemaRef, derived: &[Derived], batches: &[RecordBatch]) -> Vec<FieldStats> {
+    let mut collector = Collector::new(schema, derived);
+    for batch in batches {
+        collector.add(batch);
+    }
+    collector.finish()
 }
 
 fn merge(into: &mut FieldStats, from: FieldStats) {
@@ -164,7 +219,21 @@ fn collect_elements(values: &ArrayRef, first: Option<usize>, last: Option<usize>
     collect_array(&values.slice(first, last.saturating_sub(first)), true, out);
 }
 
-fn child_under_nulls(parent: &StructArray, index: usize) -> ArrayRef {
+/// The field at a dotted path inside of an array of structs, with the nulls of the structs on the way.
+pub fn struct_child(array: &ArrayRef, path: &str) -> Option<ArrayRef> {
+    let parent = array.as_struct_opt()?;
+    let fields = parent.fields().clone();
+    let index = fields.iter().position(|field| {
+        path.strip_prefix(field.name().as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    })?;
+    let child = child_under_nulls(parent, index);
+    match path.get(fields.get(index)?.name().len() + 1..) {
+        None | Some("") => Some(child),
+        Some(rest) => struct_child(&child, rest),
+    }
+}
+
+pub(crate) fn child_under_nulls(parent: &StructArray, index: usize) -> ArrayRef {
     let child = parent.column(index);
     match parent.nulls().filter(|nulls| nulls.null_count() > 0) {
         // A union of nulls cannot fit a null-typed child, which has none to hide anyway.
@@ -270,15 +339,7 @@ fn text<'a>(array: impl StringArrayType<'a>) -> Bounds {
             Some((low, high)) => (low.min(value), high.max(value)),
         });
     }
-    let Some((low, high)) = bounds else {
-        return Bounds::None;
-    };
-    let cut_low = prefix(low);
-    let (cut_high, max_exact) = upper_bound(high);
-    match cut_high {
-        Some(max) => Bounds::Text { min: cut_low.to_owned(), max, min_exact: cut_low.len() == low.len(), max_exact },
-        None => Bounds::None,
-    }
+    bounds.map_or(Bounds::None, |(low, high)| Bounds::text(low, high))
 }
 
 fn prefix(text: &str) -> &str {
@@ -392,7 +453,7 @@ mod tests {
     fn check(array: ArrayRef, expected: Bounds, nulls: u64, nans: u64) {
         let schema = Arc::new(Schema::new(vec![Field::new("x", array.data_type().clone(), true)]));
         let batch = RecordBatch::try_new(Arc::clone(&schema), vec![array]).expect("batch");
-        let stats = collect(&schema, &[batch]);
+        let stats = collect(&schema, &[], &[batch]);
         assert_eq!(stats[0].bounds, expected);
         assert_eq!(stats[0].nulls, nulls);
         assert_eq!(stats[0].nans, nans);

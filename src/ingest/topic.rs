@@ -1,0 +1,278 @@
+//! What a writer knows of one topic: the open chunk, the order of its commits, how it will end.
+//!
+//! Guarantees: batches keep their order between gather, tail and chunk, and commits are queued in the
+//! order their [`Turn`]s were taken (INV-2); permits follow the memory they stand for (INV-7).
+//! Does not know: when a chunk closes, the committer, other topics.
+
+use crate::ingest::admit::Permit;
+use crate::ingest::committer::{End, Watermark};
+use crate::ingest::gather::OpenChunk;
+use crate::limits;
+use arrow::array::RecordBatch;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use storage::StorageError;
+use storage::catalog::records::TopicRecord;
+use storage::chunk::{BatchMark, TopicEncoder};
+use storage::disk::Disk;
+use storage::schema::TopicSchema;
+use storage::tail::TailRun;
+use storage::write::SegmentWriter;
+use tokio::sync::{Mutex, oneshot, watch};
+
+/// One batch, checked and decoded, with what was found out about it on the way.
+pub(crate) struct Batch {
+    /// In the stored schema.
+    pub(crate) rows: RecordBatch,
+    pub(crate) mark: BatchMark,
+    pub(crate) data_bytes: u64,
+    /// Smallest and largest time; `None` without rows.
+    pub(crate) time: Option<(i64, i64)>,
+    /// Whether the times never decrease.
+    pub(crate) sorted: bool,
+    pub(crate) permit: Permit,
+    /// What decoding added.
+    pub(crate) decode_permit: Option<Permit>,
+    pub(crate) arrived: Instant,
+    pub(crate) sent: Instant,
+}
+
+/// Tells a stream how its upload ended.
+pub(super) type Answer = oneshot::Sender<Result<(), StorageError>>;
+
+/// Batches of one topic since its last chunk.
+#[derive(Default)]
+pub(super) struct Open {
+    /// Joined rows whose batches are in the tail, or on their way there.
+    pub(super) safe: Vec<RecordBatch>,
+    /// Rows that are nowhere else.
+    pub(super) fresh: Vec<RecordBatch>,
+    pub(super) marks: Vec<BatchMark>,
+    pub(super) safe_marks: usize,
+    pub(super) safe_bytes: u64,
+    pub(super) permits: Option<Permit>,
+    pub(super) decode_permits: Option<Permit>,
+    pub(super) data_bytes: u64,
+    pub(super) time: Option<(i64, i64)>,
+    pub(super) fresh_time: Option<(i64, i64)>,
+    pub(super) sorted: bool,
+    pub(super) oldest: Option<Instant>,
+    pub(super) oldest_fresh: Option<Instant>,
+    /// When the batches that nobody acknowledged yet arrived.
+    pub(super) arrivals: Vec<Instant>,
+}
+
+pub(super) struct Topic<D: Disk> {
+    pub(super) record: TopicRecord,
+    pub(super) schema: Arc<TopicSchema>,
+    pub(super) encoder: TopicEncoder,
+    pub(super) watermark: Arc<watch::Sender<Watermark>>,
+    pub(super) open: RefCell<Open>,
+    /// First batch and row of the open chunk.
+    pub(super) next: Cell<(u64, u64)>,
+    /// Where the next chunk goes; held while a chunk is encoded.
+    pub(super) place: Mutex<SegmentWriter<D>>,
+    /// Segments below this number were handed to the steward.
+    pub(super) sealed_below: Cell<u32>,
+    /// Chunks that lie in each segment and are not committed yet.
+    pub(super) pending: RefCell<BTreeMap<u32, usize>>,
+    /// Resolves when the entry before has its place in the committer's order.
+    pub(super) turn: RefCell<Option<oneshot::Receiver<()>>>,
+    pub(super) in_flight: Cell<usize>,
+    pub(super) tail_in_flight: Cell<bool>,
+    pub(super) failed: RefCell<Option<StorageError>>,
+    pub(super) ending: RefCell<Option<(End, Answer)>>,
+    pub(super) forgotten: RefCell<Option<oneshot::Sender<()>>>,
+}
+
+pub(super) fn rows_of(marks: &[BatchMark], skip: usize) -> u64 {
+    marks.iter().skip(skip).map(|mark| u64::from(mark.rows)).sum()
+}
+
+/// A place in a topic's order: entries reach the committer in the order their turns were taken.
+pub(super) struct Turn {
+    before: RefCell<Option<oneshot::Receiver<()>>>,
+    after: RefCell<Option<oneshot::Sender<()>>>,
+}
+
+impl Turn {
+    pub(super) fn take<D: Disk>(topic: &Topic<D>) -> Self {
+        let (after, next) = oneshot::channel();
+        Self { before: RefCell::new(topic.turn.replace(Some(next))), after: RefCell::new(Some(after)) }
+    }
+
+    pub(super) async fn wait(&self) {
+        let before = self.before.take();
+        if let Some(before) = before {
+            before.await.ok(); // An entry that was dropped has had its turn.
+        }
+    }
+
+    pub(super) fn done(&self) {
+        self.after.take();
+    }
+}
+
+impl<D: Disk> Topic<D> {
+    /// A topic at its first batch.
+    pub(super) fn new(
+        record: TopicRecord,
+        schema: Arc<TopicSchema>,
+        encoder: TopicEncoder,
+        watermark: Arc<watch::Sender<Watermark>>,
+        place: SegmentWriter<D>,
+    ) -> Self {
+        Self {
+            schema,
+            encoder,
+            watermark,
+            open: RefCell::new(Open { sorted: true, ..Open::default() }),
+            next: Cell::new((0, 0)),
+            place: Mutex::new(place),
+            sealed_below: Cell::new(0),
+            pending: RefCell::default(),
+            turn: RefCell::new(None),
+            in_flight: Cell::new(0),
+            tail_in_flight: Cell::new(false),
+            failed: RefCell::new(None),
+            ending: RefCell::new(None),
+            forgotten: RefCell::new(None),
+            record,
+        }
+    }
+
+    pub(super) fn enter_segment(&self, segment: u32) {
+        *self.pending.borrow_mut().entry(segment).or_default() += 1;
+    }
+
+    pub(super) fn leave_segment(&self, segment: u32) {
+        let mut pending = self.pending.borrow_mut();
+        if let Some(count) = pending.get_mut(&segment) {
+            *count -= 1;
+            if *count == 0 {
+                pending.remove(&segment);
+            }
+        }
+    }
+
+    pub(super) fn gather(&self, batch: Batch) {
+        let mut open = self.open.borrow_mut();
+        let open = &mut *open;
+        if let (Some((first, last)), Some((_, before))) = (batch.time, open.time) {
+            open.sorted &= before <= first;
+            open.time = open.time.map(|(a, b)| (a.min(first), b.max(last)));
+        } else {
+            open.time = open.time.or(batch.time);
+        }
+        open.sorted &= batch.sorted;
+        open.fresh_time = match (open.fresh_time, batch.time) {
+            (Some((a, b)), Some((c, d))) => Some((a.min(c), b.max(d))),
+            (one, other) => one.or(other),
+        };
+        open.oldest.get_or_insert(batch.arrived);
+        open.oldest_fresh.get_or_insert(batch.arrived);
+        open.arrivals.push(batch.arrived);
+        open.marks.push(batch.mark);
+        open.data_bytes += batch.data_bytes;
+        join(&mut open.permits, Some(batch.permit));
+        join(&mut open.decode_permits, batch.decode_permit);
+        if batch.rows.num_rows() > 0 {
+            open.fresh.push(batch.rows);
+        }
+        if open.fresh.len() >= limits::COALESCE_PIECES {
+            coalesce(&self.schema, &mut open.fresh);
+            open.shrink_permits();
+        }
+    }
+
+    pub(super) fn look(&self, gives_way: bool) -> OpenChunk {
+        let open = self.open.borrow();
+        OpenChunk {
+            data_bytes: open.data_bytes,
+            oldest: open.oldest.map_or(Duration::ZERO, |at| at.elapsed()),
+            oldest_unsafe: open.oldest_fresh.map(|at| at.elapsed()),
+            gives_way,
+        }
+    }
+
+    /// Takes the fresh batches as one run for the tail.
+    pub(super) fn pack_tail(&self) -> Result<Option<(TailRun, Vec<Instant>)>, StorageError> {
+        let mut open = self.open.borrow_mut();
+        let open = &mut *open;
+        let marks: Vec<BatchMark> = open.marks.iter().skip(open.safe_marks).copied().collect();
+        if marks.is_empty() {
+            return Ok(None);
+        }
+        let (chunk_batch, chunk_row) = self.next.get();
+        let first_batch = chunk_batch + open.safe_marks as u64;
+        let first_row = chunk_row + rows_of(&open.marks, 0) - rows_of(&marks, 0);
+        let fresh = std::mem::take(&mut open.fresh);
+        let rows = arrow::compute::concat_batches(&self.schema.stored, &fresh)?;
+        drop(fresh);
+        let run = TailRun::pack(
+            &rows,
+            first_batch,
+            first_row,
+            marks,
+            open.data_bytes - open.safe_bytes,
+            open.fresh_time.take(),
+        )?;
+        if rows.num_rows() > 0 {
+            open.safe.push(rows);
+        }
+        open.safe_marks = open.marks.len();
+        open.safe_bytes = open.data_bytes;
+        open.oldest_fresh = None;
+        if open.safe.len() >= limits::COALESCE_PIECES {
+            coalesce(&self.schema, &mut open.safe);
+        }
+        open.shrink_permits();
+        Ok(Some((run, std::mem::take(&mut open.arrivals))))
+    }
+
+    /// Ends the upload with a cause; the first one is kept and told.
+    pub(super) fn fail(&self, error: StorageError) {
+        let mut failed = self.failed.borrow_mut();
+        if failed.is_none() {
+            self.watermark.send_modify(|mark| mark.failed = Some(error.clone()));
+            *failed = Some(error);
+        }
+        drop(failed);
+        self.open.replace(Open { sorted: true, ..Open::default() });
+    }
+}
+
+pub(super) fn join(into: &mut Option<Permit>, permit: Option<Permit>) {
+    match (into.as_mut(), permit) {
+        (Some(all), Some(one)) => all.absorb(one),
+        (None, one) => *into = one,
+        (Some(_), None) => {}
+    }
+}
+
+impl Open {
+    /// Permits follow the memory: joined rows weigh a fraction of the single ones.
+    pub(super) fn shrink_permits(&mut self) {
+        let held: usize = self.safe.iter().chain(&self.fresh).map(RecordBatch::get_array_memory_size).sum();
+        let mut held = held as u64 + size_of::<BatchMark>() as u64 * self.marks.len() as u64;
+        for permits in [&mut self.permits, &mut self.decode_permits].into_iter().flatten() {
+            permits.shrink_to(held);
+            held = held.saturating_sub(permits.bytes());
+        }
+    }
+}
+
+/// Joins runs of small pieces, keeping their order; large ones stay as they are.
+pub(super) fn coalesce(schema: &TopicSchema, pieces: &mut Vec<RecordBatch>) {
+    let is_small = |piece: &RecordBatch| piece.get_array_memory_size() <= limits::COALESCE_PIECE_BYTES;
+    let mut joined: Vec<RecordBatch> = Vec::new();
+    for group in pieces.chunk_by(|a, b| is_small(a) && is_small(b)) {
+        match arrow::compute::concat_batches(&schema.stored, group) {
+            Ok(one) if group.len() > 1 => joined.push(one),
+            _ => joined.extend_from_slice(group),
+        }
+    }
+    *pieces = joined;
+}

@@ -1,0 +1,222 @@
+//! The registry of ontologies: which schemas a tag has, and whether a topic's schema is one of them.
+//!
+//! Guarantees: a registered version never changes; versions are made inside committer groups, so two
+//! topics that bring the same new schema at once get one version. Kept in the catalog, held in memory:
+//! a DoPut is checked against it before a byte of data is taken.
+//! Knows no gRPC and no file.
+
+use crate::config::OntologyMode;
+use crate::ingest::committer::CommitHandle;
+use crate::lifecycle::{LifecycleError, now_ns};
+use crate::limits;
+use arrow::datatypes::SchemaRef;
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use storage::StorageError;
+use storage::catalog::keys::{self, Family};
+use storage::catalog::{Catalog, Look, Txn};
+use storage::ontology::{Ontology, Origin, Relation, builtin, relate};
+
+/// All versions by tag, oldest first.
+type Versions = BTreeMap<String, Vec<Arc<Ontology>>>;
+
+/// The registry. Written only inside committer groups.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    mode: OntologyMode,
+    versions: RwLock<Versions>,
+}
+
+impl Registry {
+    /// Reads the registry; what comes with this program is added where it is missing.
+    pub(crate) async fn load(
+        catalog: &Catalog,
+        committer: &CommitHandle,
+        mode: OntologyMode,
+    ) -> Result<Arc<Self>, LifecycleError> {
+        let mut versions = Versions::new();
+        for record in catalog.ontologies()? {
+            let ontology = Arc::new(Ontology::load(record)?);
+            versions.entry(ontology.record.tag.clone()).or_default().push(ontology);
+        }
+        let registry = Arc::new(Self { mode, versions: RwLock::new(versions) });
+        let shipped: Vec<Ontology> = builtin()?
+            .into_iter()
+            .filter(|shipped| registry.same(&shipped.record.tag, &shipped.wire).is_none())
+            .collect();
+        if !shipped.is_empty() {
+            let into = Arc::clone(&registry);
+            committer
+                .change(move |txn, _| {
+                    for ontology in &shipped {
+                        into.add(txn, &ontology.record.tag, Origin::Builtin, &ontology.wire)?;
+                    }
+                    Ok::<_, LifecycleError>(())
+                })
+                .await?;
+        }
+        Ok(registry)
+    }
+
+    /// The version that a topic's schema is, registered now if the mode allows; with a note when the
+    /// schema gives a field another type than the tag's newest version.
+    pub(crate) fn admit(
+        &self,
+        txn: &mut Txn<'_>,
+        tag: &str,
+        wire: &SchemaRef,
+    ) -> Result<(Arc<Ontology>, Option<String>), LifecycleError> {
+        let newest = self.get(tag, None);
+        let relation = newest.as_ref().map(|newest| (newest.record.version, relate(&newest.wire, wire)));
+        let known = self.same(tag, wire);
+        if self.mode == OntologyMode::Strict && known.is_none() {
+            return Err(match relation {
+                Some((version, Relation::Changed { difference } | Relation::Compatible { difference })) => {
+                    LifecycleError::OtherSchema { tag: tag.to_owned(), version, difference }
+                }
+                Some((_, Relation::Same)) | None => {
+                    let remedy = match self.nearest(tag) {
+                        Some(near) => format!("did you mean `{near}`? Or add it by `flightbox ontology add`"),
+                        None => "add it by `flightbox ontology add`".to_owned(),
+                    };
+                    LifecycleError::UnknownOntology { tag: tag.to_owned(), remedy }
+                }
+            });
+        }
+        let note = match relation {
+            Some((version, Relation::Changed { difference })) => {
+                Some(format!("differs from version {version} of `{tag}` in {difference}"))
+            }
+            _ => None,
+        };
+        let ontology = match known {
+            Some(known) => known,
+            None => self.add(txn, tag, Origin::FirstUse, wire)?,
+        };
+        Ok((ontology, note))
+    }
+
+    /// Registers a schema; the version that is there already if it is the same.
+    pub(crate) fn register(
+        &self,
+        txn: &mut Txn<'_>,
+        tag: &str,
+        wire: &SchemaRef,
+    ) -> Result<Arc<Ontology>, LifecycleError> {
+        match self.same(tag, wire) {
+            Some(known) => Ok(known),
+            None => self.add(txn, tag, Origin::Registered, wire),
+        }
+    }
+
+    fn add(
+        &self,
+        txn: &mut Txn<'_>,
+        tag: &str,
+        origin: Origin,
+        wire: &SchemaRef,
+    ) -> Result<Arc<Ontology>, LifecycleError> {
+        let mut all = self.versions.write().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= limits::ONTOLOGY_TAGS_MAX && !all.contains_key(tag) {
+            let remedy = "use registered tags, or set ontology = \"strict\"";
+            return Err(LifecycleError::Full { what: "ontology tags", most: limits::ONTOLOGY_TAGS_MAX, remedy });
+        }
+        let versions = all.entry(tag.to_owned()).or_default();
+        if versions.len() >= limits::ONTOLOGY_VERSIONS_MAX {
+            let remedy = "one tag should have one schema; use another tag";
+            return Err(LifecycleError::Full {
+                what: "versions of a tag",
+                most: limits::ONTOLOGY_VERSIONS_MAX,
+                remedy,
+            });
+        }
+        let version = versions.last().map_or(1, |last| last.record.version + 1);
+        let ontology = Arc::new(Ontology::new(tag, version, origin, now_ns(), Arc::clone(wire))?);
+        txn.put(Family::Ontologies, keys::ontology(tag, version), &ontology.record)?;
+        versions.push(Arc::clone(&ontology));
+        Ok(ontology)
+    }
+
+    fn same(&self, tag: &str, wire: &SchemaRef) -> Option<Arc<Ontology>> {
+        let all = self.versions.read().unwrap_or_else(PoisonError::into_inner);
+        all.get(tag)?.iter().rev().find(|known| relate(&known.wire, wire) == Relation::Same).cloned()
+    }
+
+    /// A version, or the newest.
+    pub(crate) fn get(&self, tag: &str, version: Option<u32>) -> Option<Arc<Ontology>> {
+        let all = self.versions.read().unwrap_or_else(PoisonError::into_inner);
+        let versions = all.get(tag)?;
+        match version {
+            Some(version) => versions.iter().find(|known| known.record.version == version).cloned(),
+            None => versions.last().cloned(),
+        }
+    }
+
+    /// All versions of a tag, oldest first.
+    pub(crate) fn versions(&self, tag: &str) -> Vec<Arc<Ontology>> {
+        let all = self.versions.read().unwrap_or_else(PoisonError::into_inner);
+        all.get(tag).cloned().unwrap_or_default()
+    }
+
+    /// Everything, by tag.
+    pub(crate) fn all(&self) -> Vec<Arc<Ontology>> {
+        let all = self.versions.read().unwrap_or_else(PoisonError::into_inner);
+        all.values().flatten().cloned().collect()
+    }
+
+    /// The registered tag that is most like this one.
+    pub(crate) fn nearest(&self, tag: &str) -> Option<String> {
+        let all = self.versions.read().unwrap_or_else(PoisonError::into_inner);
+        nearest(tag, all.keys().map(String::as_str))
+    }
+}
+
+/// The candidate most like a word, letters' case and `_` apart; `None` if none is much like it.
+pub(crate) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
+    let plain = |text: &str| text.replace('_', "").to_lowercase();
+    let wanted = plain(word);
+    candidates
+        .map(|candidate| (distance(&wanted, &plain(candidate)), candidate))
+        .min()
+        .filter(|(distance, _)| *distance <= wanted.chars().count().div_ceil(3))
+        .map(|(_, candidate)| candidate.to_owned())
+}
+
+/// Levenshtein distance, of short words.
+fn distance(a: &str, b: &str) -> usize {
+    const WORD_MAX: usize = 64;
+    let b: Vec<char> = b.chars().take(WORD_MAX).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.chars().take(WORD_MAX).enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, to) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(from != *to);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+impl From<LifecycleError> for StorageError {
+    fn from(error: LifecycleError) -> Self {
+        match error {
+            LifecycleError::Storage(error) => error,
+            other => Self::Directory(other.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_misspelt_word_finds_its_neighbour_and_a_strange_one_does_not() {
+        let tags = ["IMU", "GPS", "ForceTorque", "Image"];
+        assert_eq!(nearest("imu", tags.into_iter()).as_deref(), Some("IMU"));
+        assert_eq!(nearest("force_torqe", tags.into_iter()).as_deref(), Some("ForceTorque"));
+        assert_eq!(nearest("Thermometer", tags.into_iter()), None);
+    }
+}
