@@ -7,7 +7,7 @@
 use crate::limits;
 use crate::ontology::{Registry, nearest};
 use crate::query::names::{int_satisfies, text_satisfies, topic_name_satisfies};
-use crate::query::plan::{Bound, Leaf, Target, Verdict, bind, resolve};
+use crate::query::plan::{Bound, Verdict, bind, resolve};
 use crate::query::refine::matching;
 use crate::query::times::{Builder, Interval, Runs, intersect, union};
 use crate::query::{Content, Expr, Filter, Query, QueryError};
@@ -500,56 +500,16 @@ impl<'v> Index<'v> {
         lately: &[SkipRecord],
     ) -> Result<Vec<Verdict>> {
         let (expr, ontology) = bound;
-        let mut empty = vec![false; chunks];
-        let mut of = |leaf: &Leaf| -> Result<Vec<Verdict>> {
-            let Some(column) = &leaf.column else { return Ok(vec![Verdict::Some; chunks]) };
-            let counts_rows = !matches!(leaf.target, Target::Elements { .. });
-            let mut verdicts = Vec::with_capacity(chunks);
-            let mut see = |stats: &storage::chunk::stats::FieldStats| {
-                if let Some(empty) = empty.get_mut(verdicts.len()) {
-                    *empty |= counts_rows && stats.values == 0;
-                }
-                verdicts.push(leaf.verdict(stats));
-            };
+        expr.chunk_verdicts(chunks, &mut |column, see| {
             self.cursor(column)?.blocks(topic, &mut |block| {
                 (0..block.chunks()).for_each(|index| see(&block.get(index)));
                 Ok(())
             })?;
-            let of_column = |name: &str| {
-                let at = ontology.column(name);
-                lately.iter().filter_map(move |record| record.fields.get(at?))
-            };
-            of_column(column).for_each(&mut see);
-            // What has no statistics, is not ruled out.
-            verdicts.resize(chunks, Verdict::Some);
-            if let Some(values) = &leaf.values
-                && verdicts.contains(&Verdict::Some)
-            {
-                let mut at = 0;
-                let mut see = |stats: &storage::chunk::stats::FieldStats| {
-                    if let Some(verdict) = verdicts.get_mut(at)
-                        && *verdict == Verdict::Some
-                    {
-                        *verdict = leaf.verdict_of_values(stats);
-                    }
-                    at += 1;
-                };
-                self.cursor(values)?.blocks(topic, &mut |block| {
-                    (0..block.chunks()).for_each(|index| see(&block.get(index)));
-                    Ok(())
-                })?;
-                of_column(values).for_each(&mut see);
+            if let Some(at) = ontology.column(column) {
+                lately.iter().filter_map(|record| record.fields.get(at)).for_each(see);
             }
-            Ok(verdicts)
-        };
-        let mut verdicts = expr.verdicts(chunks, &mut of)?;
-        // A chunk without rows has no row that does not match either.
-        for (verdict, empty) in verdicts.iter_mut().zip(empty) {
-            if empty {
-                *verdict = Verdict::None;
-            }
-        }
-        Ok(verdicts)
+            Ok(())
+        })
     }
 }
 

@@ -19,6 +19,9 @@ pub(crate) mod refine;
 pub(crate) mod test;
 pub(crate) mod times;
 
+#[cfg(test)]
+mod oracle;
+
 use storage::StorageError;
 use test::Test;
 

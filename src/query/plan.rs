@@ -78,6 +78,9 @@ pub(crate) enum Target {
     Position { latitude: String, longitude: String },
 }
 
+/// Shows the statistics of an index column, chunk by chunk.
+pub(crate) type Visitor<'a, E> = &'a mut dyn FnMut(&str, &mut dyn FnMut(&FieldStats)) -> Result<(), E>;
+
 /// Binds an expression to a version.
 pub(crate) fn bind(expr: &Expr, ontology: &Ontology) -> Result<Bound, QueryError> {
     Ok(match expr {
@@ -159,7 +162,7 @@ impl Bound {
 
     /// Verdicts over all chunks of a topic at once; `of` gives those of a comparison. What an *and* has
     /// ruled out everywhere is not asked further.
-    pub(crate) fn verdicts<E>(
+    fn verdicts<E>(
         &self,
         chunks: usize,
         of: &mut dyn FnMut(&Leaf) -> Result<Vec<Verdict>, E>,
@@ -191,6 +194,46 @@ impl Bound {
             }
             Self::Not(inner) => Ok(inner.verdicts(chunks, of)?.into_iter().map(Verdict::reversed).collect()),
         }
+    }
+
+    /// What the index says of each of a topic's chunks. `visit` shows the statistics of an index column,
+    /// chunk by chunk.
+    pub(crate) fn chunk_verdicts<E>(&self, chunks: usize, visit: Visitor<'_, E>) -> Result<Vec<Verdict>, E> {
+        let mut empty = vec![false; chunks];
+        let mut of = |leaf: &Leaf| -> Result<Vec<Verdict>, E> {
+            let Some(column) = &leaf.column else { return Ok(vec![Verdict::Some; chunks]) };
+            let counts_rows = !matches!(leaf.target, Target::Elements { .. });
+            let mut verdicts = Vec::with_capacity(chunks);
+            visit(column, &mut |stats| {
+                if let Some(empty) = empty.get_mut(verdicts.len()) {
+                    *empty |= counts_rows && stats.values == 0;
+                }
+                verdicts.push(leaf.verdict(stats));
+            })?;
+            // What has no statistics is not ruled out.
+            verdicts.resize(chunks, Verdict::Some);
+            if let Some(values) = &leaf.values
+                && verdicts.contains(&Verdict::Some)
+            {
+                let mut open = verdicts.iter_mut();
+                visit(values, &mut |stats| {
+                    if let Some(verdict) = open.next()
+                        && *verdict == Verdict::Some
+                    {
+                        *verdict = leaf.verdict_of_values(stats);
+                    }
+                })?;
+            }
+            Ok(verdicts)
+        };
+        let mut verdicts = self.verdicts(chunks, &mut of)?;
+        // A chunk without rows has no row that does not match either.
+        for (verdict, empty) in verdicts.iter_mut().zip(empty) {
+            if empty {
+                *verdict = Verdict::None;
+            }
+        }
+        Ok(verdicts)
     }
 
     /// The Parquet leaf columns that must be read to decide row by row, in order.
