@@ -9,7 +9,9 @@ the road's curvature and the lane markings of the distance driven.
 Needs mosaicolabs 0.7 and what that installs (numpy, pillow, pyarrow).
 
 Usage: python drive.py HOST PORT [--seconds 30] [--json FILE] [--realtime]
-Exit code: 0 if the window read back has exactly the messages recorded in it, in order; else 1.
+Then asks where the car braked harder than 0.5 g inside a box.
+Exit code: 0 if the window read back has exactly the messages recorded in it, in order, and the answer is
+when the car did brake there; else 1.
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-from mosaicolabs import Message, MosaicoClient, setup_sdk_logging
+from mosaicolabs import GPS, IMU, Message, MosaicoClient, QueryOntologyCatalog, QuerySequence, setup_sdk_logging
 
 from drive_sensors import (
+    BRAKING_S,
+    METERS_PER_DEGREE_EAST,
+    METERS_PER_DEGREE_NORTH,
     NS_PER_STEP,
     ORIGIN_LATITUDE,
     ORIGIN_LONGITUDE,
@@ -226,6 +232,54 @@ def read_back(
     }
 
 
+# --- The question ---
+
+HALF_G = 0.5 * 9.80665
+BOX_HALF_WIDTH_M = 60.0
+
+
+def braking_question(sequence: str, motion: Motion) -> dict[str, Any]:
+    """Where did the car brake harder than 0.5 g, inside a box around the first of the two places?"""
+    at = min(round((BRAKING_S[0] + 0.4) * STEPS_PER_SECOND), motion.steps)
+    latitude = ORIGIN_LATITUDE + float(motion.north[at]) / METERS_PER_DEGREE_NORTH
+    longitude = ORIGIN_LONGITUDE + float(motion.east[at]) / METERS_PER_DEGREE_EAST
+    north, east = BOX_HALF_WIDTH_M / METERS_PER_DEGREE_NORTH, BOX_HALF_WIDTH_M / METERS_PER_DEGREE_EAST
+    box = [round(corner, 6) for corner in (latitude - north, longitude - east, latitude + north, longitude + east)]
+    corners = ",".join(f"{corner:.6f}" for corner in box)
+    text = f"sequence = '{sequence}' and IMU.acceleration.x < {-HALF_G:.4f} and GPS within {corners}"
+    return {"text": text, "box": box}
+
+
+def ask_by_the_client(client: MosaicoClient, sequence: str, box: list[float]) -> list[tuple[int, int]]:
+    """The same question through the SDK: matching topics, then the windows in which they match at once."""
+    south, west, north, east = box
+    found = client.query(
+        QuerySequence().with_name(sequence),
+        QueryOntologyCatalog(
+            IMU.Q.acceleration.x.lt(-HALF_G),
+            GPS.Q.position.x.between([south, north]),
+            GPS.Q.position.y.between([west, east]),
+        ),
+    )
+    gaps = {"IMU": 50_000_000, "GPS": 200_000_000}  # Ten samples of the one, two of the other.
+    windows = [cluster for item in found for cluster in item.intersect(clustering_map=gaps)]
+    return [(window.timerange.start, window.timerange.end) for window in windows]
+
+
+def ask(client: MosaicoClient, sequence: str, motion: Motion, start_ns: int) -> dict[str, Any]:
+    """Asks, and compares with when the simulated car did brake there."""
+    question = braking_question(sequence, motion)
+    question["windows"] = ask_by_the_client(client, sequence, question["box"])
+    hard = (np.flatnonzero(motion.acceleration < -HALF_G) + 0.0) / STEPS_PER_SECOND
+    there = hard[np.abs(hard - BRAKING_S[0]) < 2]
+    slack_ns = 100_000_000  # The accelerometer is noisy.
+    expected = [start_ns + round(edge * 1e9) for edge in (there.min(), there.max())] if there.size else []
+    question["good"] = (len(question["windows"]) > 0) == bool(expected) and all(
+        expected[0] - slack_ns <= first and last <= expected[1] + slack_ns for first, last in question["windows"]
+    )
+    return question
+
+
 # --- The program ---
 
 
@@ -243,6 +297,7 @@ def run(host: str, port: int, seconds: float, realtime: bool) -> dict[str, Any]:
         tallies, wall = record(client, sequence, sensors, realtime)
         read_started = time.monotonic()
         window = read_back(client, sequence, sensors, window_s)
+        question = ask(client, sequence, motion, start_ns)
     wall["read"] = time.monotonic() - read_started
     wall["total"] = time.monotonic() - started
     return {
@@ -254,6 +309,7 @@ def run(host: str, port: int, seconds: float, realtime: bool) -> dict[str, Any]:
         "topics": {topic: asdict(tally) for topic, tally in tallies.items()},
         "wall_seconds": {name: round(value, 3) for name, value in wall.items()},
         "window": window,
+        "question": question,
     }
 
 
@@ -272,7 +328,7 @@ def main() -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     wall = report["wall_seconds"]
-    good = report["window"]["good"]
+    good = report["window"]["good"] and report["question"]["good"]
     print(
         f"{'OK' if good else 'FAILED'} {report['sequence']}: {report['rows']} messages, "
         f"{report['payload_bytes'] / 1e6:.1f} MB in {wall['push'] + wall['finalize']:.1f} s, "

@@ -45,6 +45,7 @@ TRACK_M = 1.6
 WHEEL_RADIUS_M = 0.33
 VEHICLE_MASS_KG = 1_500.0
 STEERING_RATIO = 15.0
+BRAKING_S = (12.0, 22.0)  # When the car brakes hard.
 CURVATURE_MAX = 0.012  # 1/m: 83 m of radius, 2.7 m/s² sideways at 15 m/s.
 
 ORIGIN_LATITUDE = 45.46
@@ -76,9 +77,12 @@ class Motion:
 
 
 def simulate(seconds: float) -> Motion:
-    """Pulls away, then keeps varying the speed around 14 m/s through left and right bends."""
+    """Pulls away, then keeps varying the speed around 14 m/s through left and right bends; brakes hard twice."""
     t = np.arange(round(seconds * STEPS_PER_SECOND) + 1) / STEPS_PER_SECOND
     speed = (1 - np.exp(-t / 6)) * (14 + 1.2 * np.sin(2 * np.pi * t / 10))
+    for start in BRAKING_S:
+        # 4.2 m/s lost within 0.8 s (0.8 g at the worst), regained over 5 s.
+        speed -= 4.2 * (smooth_step((t - start) / 0.8) - smooth_step((t - start - 1.5) / 5))
     curvature = CURVATURE_MAX * np.sin(2 * np.pi * t / 14)
     yaw_rate = speed * curvature
     yaw = 0.5 + integral(yaw_rate)
@@ -92,6 +96,12 @@ def simulate(seconds: float) -> Motion:
         yaw_rate=yaw_rate,
         distance=integral(speed),
     )
+
+
+def smooth_step(x: Floats) -> Floats:
+    """From 0 to 1 while x goes from 0 to 1, with no jump in its slope."""
+    x = np.clip(x, 0, 1)
+    return x * x * (3 - 2 * x)
 
 
 def integral(rate: Floats) -> Floats:

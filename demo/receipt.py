@@ -36,6 +36,7 @@ def receipt(drive: dict[str, Any], info: dict[str, Any], data_dir: Path) -> list
         f"engine {info['engine']}, direct I/O {'yes' if info['direct_io'] else 'no'}, "
         f"written by the ring {sum(info['ring_bytes'].values()) - info['ring_bytes']['read']:,} bytes",
         f"window read back: {'as recorded' if drive['window']['good'] else 'WRONG'}",
+        f"asked by the client: {'as driven' if drive['question']['good'] else 'WRONG'}",
         f"{len(files)} Parquet files under {browse}",
         f"  e.g. duckdb -c \"select count(*) from '{files[0]}'\"" if files else "  none: this is a fault",
         "",
@@ -47,7 +48,7 @@ def main() -> int:
     drive = json.loads(Path(sys.argv[1]).read_text())
     info = json.load(sys.stdin)
     print("\n".join(receipt(drive, info, Path(sys.argv[2]))))
-    return 0 if drive["window"]["good"] else 1
+    return 0 if drive["window"]["good"] and drive["question"]["good"] else 1
 
 
 if __name__ == "__main__":

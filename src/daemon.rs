@@ -12,7 +12,7 @@ use crate::ingest::committer::{self, CommitHandle};
 use crate::ingest::lane::{Receiver, lane};
 use crate::ingest::steward::{self, StewardHandle};
 use crate::ingest::writer::{self, Message, PreallocBudget, WriterHandles};
-use crate::lifecycle::{Lifecycle, is_locked};
+use crate::lifecycle::{Lifecycle, LifecycleError, is_locked};
 use crate::ontology::Registry;
 use crate::stats::{Station, Stats};
 use crate::{host, limits, systemd};
@@ -23,7 +23,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use storage::catalog::records::TopicRecord;
+use storage::catalog::keys::{self, Family};
+use storage::catalog::records::{TopicOntology, TopicRecord};
 use storage::catalog::skip::unfolded_topics;
 use storage::catalog::{Catalog, Look};
 use storage::disk::{Disk, DiskState, Engine, IoCounters};
@@ -36,7 +37,7 @@ use tokio::sync::{mpsc, watch};
 type AnyError = Box<dyn std::error::Error>;
 
 /// On-disk format written by this version; a newer one is refused.
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 /// The kernel keeps a dead process's ring files, and so its lock, for a moment.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -44,7 +45,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
     let started = Instant::now();
     host::raise_descriptor_limit();
-    let _lock = prepare_data_dir(&config.data_dir)?;
+    let (_lock, format) = prepare_data_dir(&config.data_dir)?;
     let disk = uring::probe(&config.data_dir, config.engine == EngineChoice::Auto);
     for note in &disk.notes {
         tracing::warn!("{note}");
@@ -62,6 +63,15 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
     systemd::status("recovering");
     let recovered = front.block_on(recover_all(&config, &catalog, &steward))?;
     let registry = front.block_on(Registry::load(&catalog, &committer, config.ontology))?;
+    if format < FORMAT_VERSION {
+        front.block_on(migrate_from_1(&catalog, &committer, &registry))?;
+        write_format(&config.data_dir)?;
+        tracing::info!(
+            from = format,
+            to = FORMAT_VERSION,
+            "data folder migrated; `flightbox reindex` speeds up its queries"
+        );
+    }
 
     let budget = Budget::new(config.memory_budget_bytes);
     let context = writer::Context {
@@ -114,6 +124,34 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
     Ok(())
 }
 
+/// A stopped recorder's folder, opened for a command.
+pub(crate) struct Offline {
+    pub(crate) catalog: Catalog,
+    pub(crate) committer: CommitHandle,
+    pub(crate) loader: Loader,
+}
+
+/// Runs a command on the folder of a stopped recorder: the same lock, catalog and reader as the daemon.
+pub(crate) fn offline<F, R>(config: &Config, command: impl FnOnce(Offline) -> F) -> Result<R, AnyError>
+where
+    F: Future<Output = Result<R, AnyError>>,
+{
+    let (_lock, format) = prepare_data_dir(&config.data_dir)?;
+    if format < FORMAT_VERSION {
+        return Err("the folder has an older format; start `flightbox serve` on it once, which migrates it".into());
+    }
+    let disk = uring::probe(&config.data_dir, config.engine == EngineChoice::Auto);
+    let catalog = Catalog::open(&config.data_dir.join("catalog"), disk.direct)?;
+    let (committer, committer_thread) = committer::start(catalog.clone(), Arc::new(Stats::default()))?;
+    let (loader, reader_thread) = start_reader(config, &disk, &IoCounters::shared())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let result = runtime.block_on(command(Offline { catalog, committer, loader }));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    join(reader_thread);
+    join(committer_thread);
+    result
+}
+
 fn join(thread: JoinHandle<()>) {
     let name = thread.thread().name().unwrap_or("thread").to_owned();
     if thread.join().is_err() {
@@ -121,8 +159,8 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// Makes the folder, takes its lock, checks its format.
-fn prepare_data_dir(dir: &Path) -> Result<File, AnyError> {
+/// Makes the folder, takes its lock, checks its format and returns it.
+fn prepare_data_dir(dir: &Path) -> Result<(File, u32), AnyError> {
     for folder in [dir.to_owned(), dir.join("sequences"), dir.join("browse")] {
         std::fs::create_dir_all(&folder).map_err(|error| StorageError::io("make folder", &folder, error))?;
     }
@@ -142,16 +180,16 @@ fn prepare_data_dir(dir: &Path) -> Result<File, AnyError> {
         }
         std::thread::park_timeout(Duration::from_millis(50));
     }
-    check_format(dir)?;
+    let format = check_format(dir)?;
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| StorageError::io("sync folder", dir, error))?;
-    Ok(lock)
+    Ok((lock, format))
 }
 
-fn check_format(dir: &Path) -> Result<(), AnyError> {
+fn check_format(dir: &Path) -> Result<u32, AnyError> {
     let path = dir.join("format-version");
     match std::fs::read_to_string(&path) {
         Ok(text) => match text.trim().parse::<u32>() {
-            Ok(version) if version <= FORMAT_VERSION => Ok(()),
+            Ok(version) if version <= FORMAT_VERSION => Ok(version),
             Ok(version) => Err(StorageError::Directory(format!(
                 "{} has format {version}, this flightbox writes {FORMAT_VERSION}; use a newer flightbox",
                 dir.display()
@@ -162,14 +200,47 @@ fn check_format(dir: &Path) -> Result<(), AnyError> {
             }
         },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let fresh = dir.join("format-version.new");
-            let made = std::fs::write(&fresh, format!("{FORMAT_VERSION}\n"))
-                .and_then(|()| File::open(&fresh)?.sync_all())
-                .and_then(|()| std::fs::rename(&fresh, &path));
-            Ok(made.map_err(|error| StorageError::io("write", &path, error))?)
+            write_format(dir)?;
+            Ok(FORMAT_VERSION)
         }
         Err(error) => Err(StorageError::io("read", &path, error).into()),
     }
+}
+
+fn write_format(dir: &Path) -> Result<(), AnyError> {
+    let (path, fresh) = (dir.join("format-version"), dir.join("format-version.new"));
+    let made = std::fs::write(&fresh, format!("{FORMAT_VERSION}\n"))
+        .and_then(|()| File::open(&fresh)?.sync_all())
+        .and_then(|()| std::fs::rename(&fresh, &path))
+        .and_then(|()| File::open(dir)?.sync_all());
+    Ok(made.map_err(|error| StorageError::io("write", &path, error))?)
+}
+
+/// Format 1 knew no ontologies: its topics get their version and their place under their tag, in one
+/// synced step. Their chunks have no entry in the index, so queries read them until `flightbox reindex`.
+async fn migrate_from_1(
+    catalog: &Catalog,
+    committer: &CommitHandle,
+    registry: &Arc<Registry>,
+) -> Result<(), LifecycleError> {
+    let registry = Arc::clone(registry);
+    let catalog = catalog.clone();
+    committer
+        .change(move |txn, _| {
+            for sequence in catalog.sequences()? {
+                for topic in catalog.topics_of(sequence.id)? {
+                    txn.put_topic(&topic)?;
+                    let Some(message) = catalog.topic_schema(topic.no)? else { continue };
+                    let wire = storage::schema::from_ipc(&message)?;
+                    let (ontology, note) = registry.adopt(txn, &topic.ontology_tag, &wire)?;
+                    let of_topic = TopicOntology { version: ontology.record.version, note };
+                    txn.put(Family::Topics, keys::topic_ontology(topic.no), &of_topic)?;
+                    txn.delete_prefix(Family::Skip, keys::of_topic(topic.no));
+                }
+            }
+            Ok::<_, LifecycleError>(())
+        })
+        .await
 }
 
 /// Runs a body on a thread with a disk of the engine that was found.

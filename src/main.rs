@@ -14,6 +14,7 @@ mod ontology;
 mod query;
 mod stats;
 mod systemd;
+mod when;
 
 use std::process::ExitCode;
 

@@ -66,11 +66,9 @@ impl Registry {
         tag: &str,
         wire: &SchemaRef,
     ) -> Result<(Arc<Ontology>, Option<String>), LifecycleError> {
-        let newest = self.get(tag, None);
-        let relation = newest.as_ref().map(|newest| (newest.record.version, relate(&newest.wire, wire)));
-        let known = self.same(tag, wire);
-        if self.mode == OntologyMode::Strict && known.is_none() {
-            return Err(match relation {
+        if self.mode == OntologyMode::Strict && self.same(tag, wire).is_none() {
+            let newest = self.get(tag, None);
+            return Err(match newest.map(|newest| (newest.record.version, relate(&newest.wire, wire))) {
                 Some((version, Relation::Changed { difference } | Relation::Compatible { difference })) => {
                     LifecycleError::OtherSchema { tag: tag.to_owned(), version, difference }
                 }
@@ -83,13 +81,24 @@ impl Registry {
                 }
             });
         }
+        self.adopt(txn, tag, wire)
+    }
+
+    /// As [`Self::admit`] in mode `open`, whatever the mode: for topics that are here already.
+    pub(crate) fn adopt(
+        &self,
+        txn: &mut Txn<'_>,
+        tag: &str,
+        wire: &SchemaRef,
+    ) -> Result<(Arc<Ontology>, Option<String>), LifecycleError> {
+        let relation = self.get(tag, None).map(|newest| (newest.record.version, relate(&newest.wire, wire)));
         let note = match relation {
             Some((version, Relation::Changed { difference })) => {
                 Some(format!("differs from version {version} of `{tag}` in {difference}"))
             }
             _ => None,
         };
-        let ontology = match known {
+        let ontology = match self.same(tag, wire) {
             Some(known) => known,
             None => self.add(txn, tag, Origin::FirstUse, wire)?,
         };

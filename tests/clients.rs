@@ -2,7 +2,7 @@
 //!
 //! `./x test` makes their private environments and says where they are (`TEST_VENVS`).
 
-use crate::harness::Server;
+use crate::harness::{Server, flightbox};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -31,6 +31,9 @@ fn mosaicolabs_0_7_0_gets_back_10_000_messages_equal() {
     let mut server = Server::start(&[]);
     run_python("0.7.0", "sdk_roundtrip.py", &server);
     server.stop();
+    // What ingest put into the index is what the segments say, for every type these clients send.
+    let output = flightbox(&["reindex", "--check", "--data", &server.data().display().to_string()]);
+    assert!(output.contains("0 different"), "{output}");
 }
 
 #[test]

@@ -99,6 +99,21 @@ impl Drop for Server {
     }
 }
 
+/// Runs a command of the program that must succeed; returns what it printed.
+#[track_caller]
+pub(crate) fn flightbox(arguments: &[&str]) -> String {
+    let (output, succeeded) = flightbox_may_fail(arguments);
+    assert!(succeeded, "flightbox {arguments:?}:\n{output}");
+    output
+}
+
+/// Runs a command of the program; returns what it printed and whether it succeeded.
+pub(crate) fn flightbox_may_fail(arguments: &[&str]) -> (String, bool) {
+    let output = Command::new(env!("CARGO_BIN_EXE_flightbox")).args(arguments).output().expect("the program runs");
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    (text, output.status.success())
+}
+
 /// Tests write where the build is: a real disk, unlike /tmp on some machines.
 fn scratch() -> PathBuf {
     let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));

@@ -4,6 +4,7 @@
 mod abort_race;
 mod bad_input;
 mod budget;
+mod cli;
 mod clients;
 mod harness;
 mod kill;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use tonic::Code;
 
-async fn topic(client: &mut Client, key: &str, name: &str, tag: &str, batches: Vec<RecordBatch>) {
+pub(crate) async fn topic(client: &mut Client, key: &str, name: &str, tag: &str, batches: Vec<RecordBatch>) {
     let body = json!({ "sequence_key": key, "name": name, "serialization_format": "default",
         "ontology_tag": tag, "user_metadata": {} });
     let answer = action(client, "topic_create", body).await.expect("topic_create");
@@ -21,12 +21,12 @@ async fn topic(client: &mut Client, key: &str, name: &str, tag: &str, batches: V
     last_watermark(results).await.expect("a clean end");
 }
 
-async fn finalize(client: &mut Client, name: &str, key: &str) {
+pub(crate) async fn finalize(client: &mut Client, name: &str, key: &str) {
     action(client, "sequence_finalize", json!({ "name": name, "key": key })).await.expect("finalize");
 }
 
 /// A vector a row: `x` as given, the rest zero.
-fn vectors(first: i64, xs: &[f64]) -> RecordBatch {
+pub(crate) fn vectors(first: i64, xs: &[f64]) -> RecordBatch {
     let zeros = || Arc::new(Float64Array::from(vec![0.0; xs.len()])) as ArrayRef;
     let axes = Fields::from(["x", "y", "z"].map(|axis| Field::new(axis, DataType::Float64, true)).to_vec());
     let columns: Vec<ArrayRef> = vec![Arc::new(Float64Array::from(xs.to_vec())), zeros(), zeros()];
@@ -48,7 +48,7 @@ async fn ask(client: &mut Client, ontology: Value) -> Value {
 }
 
 /// Two sequences of 40 blocks of 1000 rows; `x` is the number of the block, in the second one 100 more.
-async fn two_drives(client: &mut Client) {
+pub(crate) async fn two_drives(client: &mut Client) {
     for (name, offset) in [("one", 0.0), ("two", 100.0)] {
         let key = create_sequence(client, name).await;
         let blocks = (0..40).map(|block| vectors(block * 1000, &[block as f64 + offset; 1000])).collect();

@@ -1,14 +1,14 @@
 //! `flightbox info`: the state of a running recorder, for people or as JSON.
 
+use crate::cli::bytes;
 use crate::config::Config;
-use crate::flight::client;
+use crate::flight::client::Client;
 use serde_json::Value;
 use std::io::Write;
 use std::process::ExitCode;
 
 pub(super) fn run(config: &Config, json: bool) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let info = runtime.block_on(client::appliance_info(config.listen))?;
+    let info = super::runtime()?.block_on(async { Client::connect(config.listen).await?.appliance_info().await })?;
     let text = if json { serde_json::to_string_pretty(&info)? } else { render(&info) };
     writeln!(std::io::stdout(), "{text}")?;
     Ok(ExitCode::SUCCESS)
@@ -71,12 +71,4 @@ fn render(info: &Value) -> String {
         ));
     }
     lines.join("\n")
-}
-
-fn bytes(count: u64) -> String {
-    let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-    match units.into_iter().find(|(unit, _)| *unit <= count) {
-        Some((unit, name)) => format!("{:.1} {name}", count as f64 / unit as f64),
-        None => format!("{count} B"),
-    }
 }

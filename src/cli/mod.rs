@@ -1,7 +1,13 @@
 //! The command line: one file a command.
 
 mod doctor;
+mod expr;
+mod fetch;
 mod info;
+mod list;
+mod ontology;
+mod query;
+mod reindex;
 mod serve;
 
 use crate::config::raw::Raw;
@@ -43,6 +49,45 @@ enum Command {
     },
     /// Check this machine and this folder: one line each, with cause and remedy.
     Doctor(Settings),
+    /// List the sequences of a running recorder.
+    Ls {
+        #[command(flatten)]
+        settings: Settings,
+        /// Only names that fit a glob, e.g. 'drive*'.
+        pattern: Option<String>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a sequence or topic of a running recorder: state, metadata, rows, times, schema.
+    Show {
+        #[command(flatten)]
+        settings: Settings,
+        /// SEQUENCE or SEQUENCE/TOPIC.
+        locator: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Find recordings by what is in them, e.g. 'IMU.acceleration.x > 9 and GPS within 45.4,9.1,45.5,9.3'.
+    #[command(after_help = query::HELP)]
+    Query {
+        #[command(flatten)]
+        settings: Settings,
+        #[command(flatten)]
+        question: query::Question,
+    },
+    /// Look at, check and register ontologies: which schemas a tag has.
+    #[command(subcommand)]
+    Ontology(ontology::Ontology),
+    /// Compute the skip index anew from the segments of a stopped recorder.
+    Reindex {
+        #[command(flatten)]
+        settings: Settings,
+        /// Only compare; change nothing. Exit code 1 if something differs.
+        #[arg(long)]
+        check: bool,
+    },
 }
 
 /// Settings that have a flag; every other key is set in the file or the environment.
@@ -99,11 +144,30 @@ impl Settings {
     }
 }
 
+/// A count of bytes as people read it.
+fn bytes(count: u64) -> String {
+    let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match units.into_iter().find(|(unit, _)| *unit <= count) {
+        Some((unit, name)) => format!("{:.1} {name}", count as f64 / unit as f64),
+        None => format!("{count} B"),
+    }
+}
+
+/// A runtime for one command.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
 /// Parses the command line and runs the command.
 pub(crate) fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
     match Cli::parse().command {
         Command::Serve { settings, null_sink } => serve::run(settings.load()?, null_sink),
         Command::Info { settings, json } => info::run(&settings.load()?, json),
         Command::Doctor(settings) => doctor::run(&settings.load()?),
+        Command::Ls { settings, pattern, json } => list::ls(&settings.load()?, pattern.as_deref(), json),
+        Command::Show { settings, locator, json } => list::show(&settings.load()?, &locator, json),
+        Command::Query { settings, question } => query::run(&settings.load()?, &question),
+        Command::Ontology(command) => ontology::run(&command),
+        Command::Reindex { settings, check } => reindex::run(&settings.load()?, check),
     }
 }

@@ -187,9 +187,13 @@ fn size(setting: &Setting) -> Result<u64, ConfigError> {
 }
 
 fn duration(setting: &Setting) -> Result<Duration, ConfigError> {
-    parse_with_unit(&setting.text, &[("ms", 1), ("min", 60_000), ("s", 1000), ("h", 3_600_000)])
-        .map(Duration::from_millis)
+    parse_duration(&setting.text)
         .ok_or_else(|| refuse(setting, "is not a duration; write it like 50ms (units ms, s, min, h)"))
+}
+
+/// A duration like `50ms` (units ms, s, min, h).
+pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
+    parse_with_unit(text, &[("ms", 1), ("min", 60_000), ("s", 1000), ("h", 3_600_000)]).map(Duration::from_millis)
 }
 
 fn parse_with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {

@@ -466,22 +466,9 @@ fn info(shared: &Shared, body: &Body) -> Result<Value, Status> {
     Ok(info)
 }
 
-/// `YYYY-MM-DD HH:MM:SS.mmm UTC`, from nanoseconds since 1970 (days to a date by Howard Hinnant's
-/// `civil_from_days`).
+/// As clients parse it: `YYYY-MM-DD HH:MM:SS.mmm UTC`.
 fn datetime(ns: i64) -> String {
-    let (seconds, millis) = (ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000) / 1_000_000);
-    let (days, second_of_day) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (second_of_day / 3600, second_of_day / 60 % 60, second_of_day % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{millis:03} UTC")
+    format!("{} UTC", crate::when::show(ns))
 }
 
 #[cfg(test)]

@@ -118,7 +118,10 @@ fn next(dialect: Dialect, first: bool, hint: Hint) -> Dialect {
 fn of_query(body: &Map<String, Value>) -> Dialect {
     let has = |part: &str, key: &str| body.get(part).is_some_and(|part| part.get(key).is_some());
     let either = |key: &str| has("sequence", key) || has("topic", key);
-    if either("locator") || either("created_at_ns") || has("ontology", "include_timestamp_range") {
+    // Extensions of ours come with the newest meanings.
+    if ["explain", "intervals", "limit", "join_dt_ns"].iter().any(|key| body.contains_key(*key)) {
+        Dialect::S7
+    } else if either("locator") || either("created_at_ns") || has("ontology", "include_timestamp_range") {
         Dialect::S3To5
     } else if either("name") || either("created_timestamp") {
         Dialect::V0

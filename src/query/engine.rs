@@ -54,7 +54,7 @@ pub(crate) struct Cost {
     pub(crate) read: AtomicU64,
     /// Bytes read from segments.
     pub(crate) bytes_read: AtomicU64,
-    /// Bytes that those topics have in segments.
+    /// Bytes that the recordings asked have in segments, all topics; counted where it is to be explained.
     pub(crate) bytes_stored: AtomicU64,
 }
 
@@ -109,6 +109,13 @@ impl Engine {
     pub(crate) async fn run(&self, query: Query) -> Result<Answer> {
         let cost = Arc::new(Cost::default());
         self.check(&query.content)?;
+        if query.explain {
+            for sequence in self.sequences(query.sequence.as_ref())? {
+                for topic in self.catalog.topics_of(sequence.id)? {
+                    Cost::add(&cost.bytes_stored, self.catalog.totals(topic.no)?.stored_bytes);
+                }
+            }
+        }
         let nothing_asked = query.sequence.is_none() && query.topic.is_none() && query.content.is_empty();
         let mut items = if nothing_asked {
             Vec::new()
@@ -351,7 +358,6 @@ impl Engine {
             Cost::add(&cost.chunks, chunks as u64);
             Cost::add(&cost.ruled_out, ruled_out);
             Cost::add(&cost.proven, proven);
-            Cost::add(&cost.bytes_stored, totals.stored_bytes);
             let has_tail = totals.chunk_rows < totals.rows;
             if has_tail || ruled_out < verdicts.len() as u64 {
                 survivors.push(Survivor { topic, verdicts, bound: Arc::clone(bound) });

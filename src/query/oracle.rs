@@ -274,7 +274,7 @@ fn leaf(column: usize, kind: Kind) -> BoxedStrategy<Ask> {
                         }
                         "$between" | "$outside" => {
                             literals.truncate(2);
-                            literals.sort_by(|a, b| compare_literals(a, b));
+                            literals.sort_by(compare_literals);
                         }
                         "$in" => literals.truncate(1 + pick % 3),
                         _ => literals.truncate(1),

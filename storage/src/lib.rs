@@ -9,6 +9,7 @@ pub mod catalog;
 pub mod chunk;
 pub mod disk;
 pub mod error;
+pub mod export;
 pub mod ids;
 pub mod limits;
 pub mod ontology;

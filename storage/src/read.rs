@@ -274,7 +274,11 @@ impl Loader {
         cache.bytes = cache.entries.iter().map(|(.., bytes)| bytes).sum();
     }
 
-    async fn load(&self, view: &TopicView, place: Place) -> Result<RecordBatch> {
+    /// All rows of a source, in the stored schema.
+    ///
+    /// # Errors
+    /// When the file cannot be read or its bytes are damaged.
+    pub async fn load(&self, view: &TopicView, place: Place) -> Result<RecordBatch> {
         match place {
             Place::Tail(index) => match view.tail.get(index) {
                 Some(run) => run.unpack(&view.schema.stored),

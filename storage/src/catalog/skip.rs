@@ -192,6 +192,39 @@ impl<'a> SkipBlock<'a> {
     }
 }
 
+/// The statistics of every chunk of a topic as the index has them now; `None` where it has none.
+///
+/// # Errors
+/// When the catalog cannot be read.
+pub fn indexed(
+    view: &View<'_>,
+    topic: TopicNo,
+    ontology: &Ontology,
+    chunks: &[u64],
+) -> Result<Vec<Option<SkipRecord>>> {
+    let packed: usize = view.skip_blocks(topic)?.iter().map(|mark| mark.chunks as usize).sum();
+    let mut records: Vec<Option<SkipRecord>> = vec![None; chunks.len()];
+    for (at, column) in ontology.columns.iter().enumerate() {
+        let mut index = 0;
+        view.skip_cursor(&ontology.record.tag, column)?.blocks(topic, &mut |block| {
+            for stats in (0..block.chunks()).map(|within| block.get(within)) {
+                if let Some(record) = records.get_mut(index) {
+                    let fields = &mut record.get_or_insert_with(|| SkipRecord { fields: Vec::new() }).fields;
+                    if fields.len() == at {
+                        fields.push(stats);
+                    }
+                }
+                index += 1;
+            }
+            Ok(())
+        })?;
+    }
+    for (record, first_row) in records.iter_mut().zip(chunks).skip(packed) {
+        *record = view.skip(topic, *first_row)?;
+    }
+    Ok(records)
+}
+
 /// Statistics that are ready to be packed, and what they were read against.
 #[derive(Debug)]
 pub struct Fold {
@@ -235,15 +268,28 @@ pub fn plan_fold(look: &impl Look, topic: TopicNo, ontology: &Ontology, everythi
             .iter()
             .map(|row| look.skip(topic, *row)?.ok_or(StorageError::Gone))
             .collect::<Result<Vec<SkipRecord>>>()?;
-        let nothing = FieldStats { values: 0, nulls: 0, nans: 0, bounds: Bounds::None };
-        for (at, column) in ontology.columns.iter().enumerate() {
-            let stats: Vec<&FieldStats> =
-                records.iter().map(|record| record.fields.get(at).unwrap_or(&nothing)).collect();
-            let id = keys::index_column(&ontology.record.tag, column);
-            blocks.push((keys::skip_block(&id, topic, first_chunk), SkipBlock::pack(&stats)?));
-        }
+        blocks.extend(pack_columns(topic, ontology, first_chunk, &records)?);
     }
     Ok(Some(Fold { topic, before, marks, blocks, rows: (*first, *last) }))
+}
+
+/// The blocks of some consecutive chunks, one a column.
+fn pack_columns(
+    topic: TopicNo,
+    ontology: &Ontology,
+    first_chunk: u32,
+    records: &[SkipRecord],
+) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let column = |(at, column): (usize, &String)| {
+        let stats: Option<Vec<&FieldStats>> = records.iter().map(|record| record.fields.get(at)).collect();
+        let stats = stats.ok_or_else(|| StorageError::Decode {
+            what: "skip index",
+            text: format!("column `{column}` is missing in the statistics of topic {topic}"),
+        })?;
+        let id = keys::index_column(&ontology.record.tag, column);
+        Ok((keys::skip_block(&id, topic, first_chunk), SkipBlock::pack(&stats)?))
+    };
+    ontology.columns.iter().enumerate().map(column).collect()
 }
 
 impl Txn<'_> {
@@ -262,6 +308,29 @@ impl Txn<'_> {
         let (first, last) = fold.rows;
         self.delete_range(Family::Skip, keys::skip_open(fold.topic, first), keys::skip_open(fold.topic, last + 1));
         Ok(())
+    }
+
+    /// Replaces all of a topic's index by these statistics, one for each chunk.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read.
+    pub fn replace_index(
+        &mut self,
+        record: &super::TopicRecord,
+        ontology: &Ontology,
+        records: &[SkipRecord],
+    ) -> Result<()> {
+        self.delete_blocks(record)?;
+        self.delete_prefix(Family::Skip, keys::skip_open_of(record.no));
+        let mut marks = Vec::new();
+        for (index, records) in records.chunks(SKIP_BLOCK_CHUNKS).enumerate() {
+            let first_chunk = u32::try_from(index * SKIP_BLOCK_CHUNKS).unwrap_or(u32::MAX);
+            marks.push(BlockMark { first_chunk, chunks: u32::try_from(records.len()).unwrap_or(u32::MAX) });
+            for (key, value) in pack_columns(record.no, ontology, first_chunk, records)? {
+                self.put_bytes(Family::Skip, key, value);
+            }
+        }
+        self.put(Family::Topics, keys::topic_blocks(record.no), &marks)
     }
 
     /// Removes a topic's blocks.

@@ -12,10 +12,11 @@ pub use derived::{GeoBox, norm, wrap_longitude};
 use crate::limits::TEXT_BOUND_BYTES;
 use crate::ontology::Derived;
 use arrow::array::{
-    Array, ArrayRef, ArrowPrimitiveType, AsArray, PrimitiveArray, RecordBatch, StringArrayType, StructArray, make_array,
+    Array, ArrayRef, ArrowPrimitiveType, AsArray, BooleanArray, PrimitiveArray, RecordBatch, StringArrayType,
+    StructArray, make_array,
 };
-use arrow::buffer::NullBuffer;
-use arrow::compute::{max, min};
+use arrow::buffer::{BooleanBuffer, NullBuffer};
+use arrow::compute::{filter, max, min};
 use arrow::datatypes::{
     ArrowNativeTypeOp, DataType, Decimal128Type, DurationMicrosecondType, DurationMillisecondType,
     DurationNanosecondType, DurationSecondType, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type,
@@ -195,6 +196,21 @@ fn collect_array(array: &ArrayRef, in_list: bool, out: &mut Vec<FieldStats>) {
                 collect_array(&child_under_nulls(array, index), in_list, out);
             }
         }
+        // Elements behind a null list are no values: whether they are there depends on the sender.
+        DataType::List(_) | DataType::LargeList(_) | DataType::FixedSizeList(_, _)
+            if !in_list && array.null_count() > 0 =>
+        {
+            let there = BooleanArray::new(
+                array.nulls().map_or_else(|| BooleanBuffer::new_set(array.len()), |nulls| nulls.inner().clone()),
+                None,
+            );
+            match filter(array, &there) {
+                // What is left has no nulls.
+                Ok(lists) => collect_array(&lists, in_list, out),
+                // Claiming nothing is the safe answer.
+                Err(_) => out.extend(std::iter::repeat_n(unknown(array.len()), leaf_count(array.data_type()))),
+            }
+        }
         DataType::List(_) if !in_list => {
             let list = array.as_list::<i32>();
             let (first, last) = (list.value_offsets().first(), list.value_offsets().last());
@@ -213,7 +229,17 @@ fn collect_array(array: &ArrayRef, in_list: bool, out: &mut Vec<FieldStats>) {
     }
 }
 
-/// Elements behind a null list may be counted too: wider bounds never lie.
+/// Statistics that neither prove nor rule out anything.
+fn unknown(values: usize) -> FieldStats {
+    FieldStats { values: values as u64 + 1, nulls: 1, nans: 0, bounds: Bounds::None }
+}
+
+fn leaf_count(data_type: &DataType) -> usize {
+    let mut paths = Vec::new();
+    leaf_paths(String::new(), data_type, false, &mut paths);
+    paths.len()
+}
+
 fn collect_elements(values: &ArrayRef, first: Option<usize>, last: Option<usize>, out: &mut Vec<FieldStats>) {
     let (first, last) = (first.unwrap_or(0), last.unwrap_or(0));
     collect_array(&values.slice(first, last.saturating_sub(first)), true, out);
@@ -233,7 +259,8 @@ pub fn struct_child(array: &ArrayRef, path: &str) -> Option<ArrayRef> {
     }
 }
 
-pub(crate) fn child_under_nulls(parent: &StructArray, index: usize) -> ArrayRef {
+/// A field of an array of structs, null wherever its struct is.
+pub fn child_under_nulls(parent: &StructArray, index: usize) -> ArrayRef {
     let child = parent.column(index);
     match parent.nulls().filter(|nulls| nulls.null_count() > 0) {
         // A union of nulls cannot fit a null-typed child, which has none to hide anyway.
