@@ -29,10 +29,11 @@ use storage::catalog::skip::unfolded_topics;
 use storage::catalog::{Catalog, Look};
 use storage::disk::{Disk, DiskState, Engine, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
+use storage::ontology::Origin;
 use storage::read::{self, Loader};
 use storage::{StorageError, posix, recover, uring};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 type AnyError = Box<dyn std::error::Error>;
 
@@ -106,6 +107,7 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
         counters,
         disk,
         null_sink,
+        queries: Arc::new(Semaphore::new(limits::QUERIES_AT_ONCE)),
         control: control.handle().clone(),
         stopping: stopping.clone(),
     });
@@ -232,7 +234,8 @@ async fn migrate_from_1(
                     txn.put_topic(&topic)?;
                     let Some(message) = catalog.topic_schema(topic.no)? else { continue };
                     let wire = storage::schema::from_ipc(&message)?;
-                    let (ontology, note) = registry.adopt(txn, &topic.ontology_tag, &wire)?;
+                    let offered = Registry::offer(&topic.ontology_tag, &wire, Origin::FirstUse)?;
+                    let (ontology, note) = registry.adopt(txn, offered)?;
                     let of_topic = TopicOntology { version: ontology.record.version, note };
                     txn.put(Family::Topics, keys::topic_ontology(topic.no), &of_topic)?;
                     txn.delete_prefix(Family::Skip, keys::of_topic(topic.no));

@@ -19,7 +19,7 @@ use storage::catalog::records::{DeletionRecord, SequenceRecord, SessionRecord, T
 use storage::catalog::{Catalog, Look, Txn};
 use storage::chunk::{Compression, Format, TopicEncoder};
 use storage::ids::{SequenceId, SessionId, TopicId, TopicNo};
-use storage::ontology::Difference;
+use storage::ontology::{Difference, Origin};
 use storage::read::Loader;
 use storage::schema::TopicSchema;
 use tokio::sync::{oneshot, watch};
@@ -136,7 +136,7 @@ impl Locator {
     }
 }
 
-fn shorten(text: &str) -> String {
+pub(crate) fn shorten(text: &str) -> String {
     let cut = text.floor_char_boundary(text.len().min(120));
     if cut == text.len() { text.to_owned() } else { format!("{}…", text.get(..cut).unwrap_or("")) }
 }
@@ -315,7 +315,7 @@ impl Lifecycle {
         // Before the topic is opened: once it is open, nothing may fail any more.
         let encoder = TopicEncoder::new(&schema.stored, found.format, self.compression)?;
         let registry = Arc::clone(&self.registry);
-        let wire = Arc::clone(&schema.wire);
+        let offered = Registry::offer(&found.ontology_tag, &schema.wire, Origin::FirstUse)?;
         let (watermark, receiver) = watch::channel(Watermark::default());
         let watermark = Arc::new(watermark);
         let for_committer = Arc::clone(&watermark);
@@ -323,7 +323,7 @@ impl Lifecycle {
             .committer
             .change(move |txn, live| {
                 let topic = check_upload(txn, live, &locator, key)?;
-                let (ontology, note) = registry.admit(txn, &topic.ontology_tag, &wire)?;
+                let (ontology, note) = registry.admit(txn, offered)?;
                 if !live.open(topic.no, for_committer) {
                     return Err(LifecycleError::Busy { topic: locator });
                 }

@@ -38,12 +38,12 @@ pub(crate) const COALESCE_PIECES: usize = 32;
 /// Pieces up to this size are joined; larger ones lose nothing by staying apart.
 pub(crate) const COALESCE_PIECE_BYTES: usize = 64 << 10;
 
-/// Ontology tags in the registry. It is held in memory: bounds what clients with random tags can make
-/// of it. A fleet has hundreds.
-pub(crate) const ONTOLOGY_TAGS_MAX: usize = 10_000;
+/// Bytes of one registered schema, as an Arrow message. The largest public one has 6 kB.
+pub(crate) const ONTOLOGY_BYTES_MAX: usize = 1 << 20;
 
-/// Versions of one tag. Client generations bring a handful.
-pub(crate) const ONTOLOGY_VERSIONS_MAX: usize = 256;
+/// Bytes of all registered schemas together. They are held in memory, decoded, at about ten times this:
+/// bounds what clients with random tags or schemas can make of it. The public ones have 150 kB.
+pub(crate) const REGISTRY_BYTES_MAX: usize = 8 << 20;
 
 /// Values in one list of a query (`$in`, whole lists).
 pub(crate) const QUERY_LIST_MAX: usize = 1024;
@@ -58,24 +58,37 @@ pub(crate) const QUERY_TOPICS_MAX: usize = 100_000;
 pub(crate) const QUERY_INTERVALS_MAX: usize = 100_000;
 
 /// Rows of chunks that interleave in time and must be put in order at once, 16 bytes each.
-pub(crate) const QUERY_MERGE_ROWS_MAX: usize = 16 << 20;
+pub(crate) const QUERY_MERGE_ROWS_MAX: usize = 2 << 20;
 
-/// Chunks that one query reads at once.
-pub(crate) const QUERY_READS: usize = 4;
+/// Topics that one query reads at once.
+pub(crate) const QUERY_READS: usize = 2;
+
+/// Queries and temporal filters that run at once; the others wait.
+pub(crate) const QUERIES_AT_ONCE: usize = 2;
+
+/// Comparisons in one query.
+pub(crate) const QUERY_PREDICATES_MAX: usize = 256;
+
+/// Windows that one temporal filter finds; each is an answer of its own.
+pub(crate) const FILTER_WINDOWS_MAX: usize = 250_000;
 
 /// Topics in one `topic_filter_intersect`.
 pub(crate) const FILTER_TOPICS_MAX: usize = 64;
 
-/// Notifications on one sequence or topic, and bytes of one. Clients leave one an error.
-pub(crate) const NOTIFICATIONS_MAX: usize = 10_000;
-/// See [`NOTIFICATIONS_MAX`].
-pub(crate) const NOTIFICATION_BYTES_MAX: usize = 64 << 10;
+/// Notifications kept on one sequence or topic: clients leave one an error. The oldest makes room, because
+/// a client whose notification is refused does not finalize.
+pub(crate) const NOTIFICATIONS_MAX: usize = 1000;
+/// Bytes of one notification; longer ones are cut.
+pub(crate) const NOTIFICATION_BYTES_MAX: usize = 8 << 10;
 
 /// Layers (v0).
 pub(crate) const LAYERS_MAX: usize = 1000;
 
 /// API keys.
-pub(crate) const API_KEYS_MAX: usize = 10_000;
+pub(crate) const API_KEYS_MAX: usize = 1000;
+
+/// Longest description of a layer or key, in bytes.
+pub(crate) const DESCRIPTION_BYTES_MAX: usize = 4 << 10;
 
 /// Jobs waiting for the reader or the steward thread.
 pub(crate) const SERVICE_LANE_DEPTH: usize = 1024;
@@ -147,6 +160,12 @@ pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
             "catalog",
             storage::limits::CATALOG_WRITE_BUFFER_BYTES as u64 * 2 + storage::limits::CATALOG_BLOCK_CACHE_BYTES as u64,
         ),
+        // Times of rows that are put in order, twice while they are sorted, and the columns they come from.
+        (
+            "queries",
+            (QUERIES_AT_ONCE * QUERY_READS) as u64 * (QUERY_MERGE_ROWS_MAX as u64 * 32 + config.chunk_bytes * 2),
+        ),
+        ("registry", REGISTRY_BYTES_MAX as u64 * 10),
         ("program", 64 << 20),
     ]
 }

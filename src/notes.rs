@@ -2,7 +2,7 @@
 //!
 //! Guarantees: a notification disappears with the thing it is on (INV-4); both are bounded.
 
-use crate::lifecycle::{Lifecycle, LifecycleError, find_sequence, find_topic, now_ns};
+use crate::lifecycle::{Lifecycle, LifecycleError, find_sequence, find_topic, now_ns, shorten};
 use crate::limits;
 use storage::catalog::Look;
 use storage::catalog::keys::{self, Family};
@@ -39,22 +39,37 @@ impl Subject {
     }
 }
 
+/// Descriptions are for people, not for storage.
+pub(crate) fn check_description(text: &str) -> Result<()> {
+    if text.len() <= limits::DESCRIPTION_BYTES_MAX {
+        return Ok(());
+    }
+    let why = format!("has {} bytes, over the limit of {}", text.len(), limits::DESCRIPTION_BYTES_MAX);
+    Err(LifecycleError::Invalid { key: "description", value: shorten(text), why })
+}
+
 /// The layer that exists from the start.
 const DEFAULT_LAYER: &str = "default";
 
 impl Lifecycle {
-    /// Leaves a notification.
-    pub(crate) async fn notify(&self, subject: Subject, kind: String, text: String) -> Result<()> {
+    /// Leaves a notification; a long text is cut, and the oldest one makes room where there are too many.
+    pub(crate) async fn notify(&self, subject: Subject, kind: String, mut text: String) -> Result<()> {
+        if text.len() > limits::NOTIFICATION_BYTES_MAX {
+            text.truncate(text.floor_char_boundary(limits::NOTIFICATION_BYTES_MAX));
+            text.push_str(" … (cut)");
+        }
         self.committer
             .change(move |txn, _| {
                 let (sequence, topic) = subject.find(txn)?;
-                if txn.notifications(sequence, topic)?.len() >= limits::NOTIFICATIONS_MAX {
-                    let remedy = "purge them first";
-                    return Err(LifecycleError::Full {
-                        what: "notifications on one thing",
-                        most: limits::NOTIFICATIONS_MAX,
-                        remedy,
-                    });
+                let mut kept = Vec::new();
+                let all = keys::notifications_of(sequence, topic);
+                txn.scan(Family::Notifications, &all, &all, &mut |key, _| {
+                    kept.push(key.to_vec());
+                    Ok(true)
+                })?;
+                let over = (kept.len() + 1).saturating_sub(limits::NOTIFICATIONS_MAX);
+                for oldest in kept.into_iter().take(over) {
+                    txn.delete(Family::Notifications, oldest);
                 }
                 let created_at_ns = now_ns();
                 // In the order they came, also within one tick of the clock.
@@ -99,6 +114,11 @@ impl Lifecycle {
 
     /// v0: makes a layer, or with `from` renames and describes one anew.
     pub(crate) async fn put_layer(&self, from: Option<String>, name: String, description: String) -> Result<()> {
+        if name.is_empty() || name.len() > limits::NAME_PART_BYTES_MAX {
+            let why = format!("must have 1 to {} bytes", limits::NAME_PART_BYTES_MAX);
+            return Err(LifecycleError::Invalid { key: "name", value: shorten(&name), why });
+        }
+        check_description(&description)?;
         self.committer
             .change(move |txn, _| {
                 let exists = |name: &str| -> Result<bool> {

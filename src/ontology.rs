@@ -40,16 +40,14 @@ impl Registry {
             versions.entry(ontology.record.tag.clone()).or_default().push(ontology);
         }
         let registry = Arc::new(Self { mode, versions: RwLock::new(versions) });
-        let shipped: Vec<Ontology> = builtin()?
-            .into_iter()
-            .filter(|shipped| registry.same(&shipped.record.tag, &shipped.wire).is_none())
-            .collect();
+        let shipped: Vec<Ontology> =
+            builtin()?.into_iter().filter(|shipped| registry.same(shipped).is_none()).collect();
         if !shipped.is_empty() {
             let into = Arc::clone(&registry);
             committer
                 .change(move |txn, _| {
-                    for ontology in &shipped {
-                        into.add(txn, &ontology.record.tag, Origin::Builtin, &ontology.wire)?;
+                    for ontology in shipped {
+                        into.add(txn, ontology)?;
                     }
                     Ok::<_, LifecycleError>(())
                 })
@@ -58,97 +56,90 @@ impl Registry {
         Ok(registry)
     }
 
+    /// A schema on its way to the registry: what takes time is done here, outside of the committer.
+    pub(crate) fn offer(tag: &str, wire: &SchemaRef, origin: Origin) -> Result<Ontology, LifecycleError> {
+        let offered = Ontology::new(tag, 0, origin, now_ns(), Arc::clone(wire))?;
+        if offered.record.schema.len() > limits::ONTOLOGY_BYTES_MAX {
+            let most = limits::ONTOLOGY_BYTES_MAX;
+            let why = format!("its schema has {} bytes, over the limit of {most}", offered.record.schema.len());
+            return Err(LifecycleError::Invalid { key: "ontology_tag", value: tag.to_owned(), why });
+        }
+        Ok(offered)
+    }
+
     /// The version that a topic's schema is, registered now if the mode allows; with a note when the
     /// schema gives a field another type than the tag's newest version.
     pub(crate) fn admit(
         &self,
         txn: &mut Txn<'_>,
-        tag: &str,
-        wire: &SchemaRef,
+        offered: Ontology,
     ) -> Result<(Arc<Ontology>, Option<String>), LifecycleError> {
-        if self.mode == OntologyMode::Strict && self.same(tag, wire).is_none() {
-            let newest = self.get(tag, None);
-            return Err(match newest.map(|newest| (newest.record.version, relate(&newest.wire, wire))) {
+        let tag = offered.record.tag.clone();
+        if self.mode == OntologyMode::Strict && self.same(&offered).is_none() {
+            let newest = self.get(&tag, None);
+            return Err(match newest.map(|newest| (newest.record.version, relate(&newest.wire, &offered.wire))) {
                 Some((version, Relation::Changed { difference } | Relation::Compatible { difference })) => {
-                    LifecycleError::OtherSchema { tag: tag.to_owned(), version, difference }
+                    LifecycleError::OtherSchema { tag, version, difference }
                 }
                 Some((_, Relation::Same)) | None => {
-                    let remedy = match self.nearest(tag) {
+                    let remedy = match self.nearest(&tag) {
                         Some(near) => format!("did you mean `{near}`? Or add it by `flightbox ontology add`"),
                         None => "add it by `flightbox ontology add`".to_owned(),
                     };
-                    LifecycleError::UnknownOntology { tag: tag.to_owned(), remedy }
+                    LifecycleError::UnknownOntology { tag, remedy }
                 }
             });
         }
-        self.adopt(txn, tag, wire)
+        self.adopt(txn, offered)
     }
 
     /// As [`Self::admit`] in mode `open`, whatever the mode: for topics that are here already.
     pub(crate) fn adopt(
         &self,
         txn: &mut Txn<'_>,
-        tag: &str,
-        wire: &SchemaRef,
+        offered: Ontology,
     ) -> Result<(Arc<Ontology>, Option<String>), LifecycleError> {
-        let relation = self.get(tag, None).map(|newest| (newest.record.version, relate(&newest.wire, wire)));
-        let note = match relation {
-            Some((version, Relation::Changed { difference })) => {
-                Some(format!("differs from version {version} of `{tag}` in {difference}"))
-            }
-            _ => None,
-        };
-        let ontology = match self.same(tag, wire) {
-            Some(known) => known,
-            None => self.add(txn, tag, Origin::FirstUse, wire)?,
-        };
-        Ok((ontology, note))
+        let newest = self.get(&offered.record.tag, None);
+        let changed =
+            newest.filter(|newest| newest.fingerprint != offered.fingerprint).and_then(|newest| {
+                match relate(&newest.wire, &offered.wire) {
+                    Relation::Changed { difference } => Some((newest.record.version, difference)),
+                    Relation::Same | Relation::Compatible { .. } => None,
+                }
+            });
+        let note = changed.map(|(version, difference)| {
+            format!("differs from version {version} of `{}` in {difference}", offered.record.tag)
+        });
+        Ok((self.register(txn, offered)?, note))
     }
 
     /// Registers a schema; the version that is there already if it is the same.
-    pub(crate) fn register(
-        &self,
-        txn: &mut Txn<'_>,
-        tag: &str,
-        wire: &SchemaRef,
-    ) -> Result<Arc<Ontology>, LifecycleError> {
-        match self.same(tag, wire) {
+    pub(crate) fn register(&self, txn: &mut Txn<'_>, offered: Ontology) -> Result<Arc<Ontology>, LifecycleError> {
+        match self.same(&offered) {
             Some(known) => Ok(known),
-            None => self.add(txn, tag, Origin::Registered, wire),
+            None => self.add(txn, offered),
         }
     }
 
-    fn add(
-        &self,
-        txn: &mut Txn<'_>,
-        tag: &str,
-        origin: Origin,
-        wire: &SchemaRef,
-    ) -> Result<Arc<Ontology>, LifecycleError> {
+    fn add(&self, txn: &mut Txn<'_>, mut offered: Ontology) -> Result<Arc<Ontology>, LifecycleError> {
         let mut all = self.versions.write().unwrap_or_else(PoisonError::into_inner);
-        if all.len() >= limits::ONTOLOGY_TAGS_MAX && !all.contains_key(tag) {
+        let bytes: usize = all.values().flatten().map(|known| known.record.schema.len()).sum();
+        if bytes + offered.record.schema.len() > limits::REGISTRY_BYTES_MAX {
             let remedy = "use registered tags, or set ontology = \"strict\"";
-            return Err(LifecycleError::Full { what: "ontology tags", most: limits::ONTOLOGY_TAGS_MAX, remedy });
+            return Err(LifecycleError::Full { what: "bytes of schemas", most: limits::REGISTRY_BYTES_MAX, remedy });
         }
-        let versions = all.entry(tag.to_owned()).or_default();
-        if versions.len() >= limits::ONTOLOGY_VERSIONS_MAX {
-            let remedy = "one tag should have one schema; use another tag";
-            return Err(LifecycleError::Full {
-                what: "versions of a tag",
-                most: limits::ONTOLOGY_VERSIONS_MAX,
-                remedy,
-            });
-        }
-        let version = versions.last().map_or(1, |last| last.record.version + 1);
-        let ontology = Arc::new(Ontology::new(tag, version, origin, now_ns(), Arc::clone(wire))?);
-        txn.put(Family::Ontologies, keys::ontology(tag, version), &ontology.record)?;
+        let versions = all.entry(offered.record.tag.clone()).or_default();
+        offered.record.version = versions.last().map_or(1, |last| last.record.version + 1);
+        let ontology = Arc::new(offered);
+        let key = keys::ontology(&ontology.record.tag, ontology.record.version);
+        txn.put(Family::Ontologies, key, &ontology.record)?;
         versions.push(Arc::clone(&ontology));
         Ok(ontology)
     }
 
-    fn same(&self, tag: &str, wire: &SchemaRef) -> Option<Arc<Ontology>> {
+    fn same(&self, offered: &Ontology) -> Option<Arc<Ontology>> {
         let all = self.versions.read().unwrap_or_else(PoisonError::into_inner);
-        all.get(tag)?.iter().rev().find(|known| relate(&known.wire, wire) == Relation::Same).cloned()
+        all.get(&offered.record.tag)?.iter().find(|known| known.fingerprint == offered.fingerprint).cloned()
     }
 
     /// A version, or the newest.

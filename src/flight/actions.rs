@@ -11,6 +11,7 @@ use crate::lifecycle::{
 };
 use crate::limits;
 use crate::notes::Subject;
+use crate::query::times::Interval;
 use serde_json::{Map, Value, json};
 use storage::catalog::Look;
 use storage::chunk::Format;
@@ -156,13 +157,36 @@ fn hint(action: &str, body: &Body) -> Hint {
     }
 }
 
-/// Runs an action; returns the bodies of its Results: one, or for the temporal filters one a window.
-pub(crate) async fn run(
-    shared: &Shared,
-    connection: &Connection,
-    action: &str,
-    body: &[u8],
-) -> Result<Vec<Vec<u8>>, Status> {
+/// What an action answers.
+pub(crate) enum Answer {
+    /// One Result with this body.
+    One(Vec<u8>),
+    /// A Result for each window, in the full envelope; none for none.
+    Windows(String, Vec<Interval>),
+}
+
+impl Answer {
+    /// The bodies of the Results, made one by one.
+    pub(crate) fn bodies(self) -> Box<dyn Iterator<Item = Vec<u8>> + Send> {
+        match self {
+            Self::One(body) => Box::new(std::iter::once(body)),
+            Self::Windows(action, windows) => {
+                Box::new(windows.into_iter().enumerate().map(move |(id, (start, end))| {
+                    let window = json!({ "id": id, "ts": { "start_ns": start, "end_ns": end } });
+                    json!({ "action": action, "response": window }).to_string().into_bytes()
+                }))
+            }
+        }
+    }
+}
+
+/// Whether a caller that goes away takes the action with it: what only asks, not what changes something.
+pub(crate) fn only_asks(action: &str) -> bool {
+    matches!(action, "query" | "topic_filter_clusterize" | "topic_filter_intersect")
+}
+
+/// Runs an action.
+pub(crate) async fn run(shared: &Shared, connection: &Connection, action: &str, body: &[u8]) -> Result<Answer, Status> {
     let body = Body::parse(action, body)?;
     let dialect = connection.note(hint(action, &body));
     let response = match action {
@@ -180,8 +204,12 @@ pub(crate) async fn run(
         "version" => version(),
         "info" => info(shared, &body)?,
         "query" => questions::query(shared, connection, &body.fields).await?,
-        "topic_filter_clusterize" => return paged(action, questions::clusterize(shared, &body.fields).await?),
-        "topic_filter_intersect" => return paged(action, questions::intersection(shared, &body.fields).await?),
+        "topic_filter_clusterize" => {
+            return Ok(Answer::Windows(action.to_owned(), questions::clusterize(shared, &body.fields).await?));
+        }
+        "topic_filter_intersect" => {
+            return Ok(Answer::Windows(action.to_owned(), questions::intersection(shared, &body.fields).await?));
+        }
         "ontology_list" => questions::ontology_list(shared),
         "ontology_get" => questions::ontology_get(shared, &body.fields)?,
         "ontology_register" => questions::ontology_register(shared, &body.fields).await?,
@@ -219,18 +247,12 @@ pub(crate) async fn run(
         (Value::Null, Dialect::V0) => json!({ "action": "empty" }),
         (response, _) => json!({ "action": action, "response": response }),
     };
-    Ok(vec![envelope.to_string().into_bytes()])
+    Ok(Answer::One(envelope.to_string().into_bytes()))
 }
 
 fn unknown(action: &str) -> Status {
     let known: Vec<&str> = ACTIONS.iter().map(|(name, _)| *name).collect();
     invalid(format!("there is no action `{action}`; known are {}", known.join(", ")))
-}
-
-/// One Result for each item, each in the full envelope; none for none.
-fn paged(action: &str, items: Vec<Value>) -> Result<Vec<Vec<u8>>, Status> {
-    let envelope = |item| json!({ "action": action, "response": item }).to_string().into_bytes();
-    Ok(items.into_iter().map(envelope).collect())
 }
 
 /// Notifications under both spellings: `notify` (v0) and `notification`.
@@ -252,10 +274,6 @@ async fn notification(shared: &Shared, body: &Body, thing: &str, rest: &str) -> 
                 return Err(invalid(format!("the notification type {kind:?} is unknown; clients know only `error`")));
             }
             let text = body.text("msg")?;
-            if text.len() > limits::NOTIFICATION_BYTES_MAX {
-                let most = limits::NOTIFICATION_BYTES_MAX;
-                return Err(invalid(format!("`msg` has {} bytes, over the limit of {most}", text.len())));
-            }
             shared.lifecycle.notify(subject(body)?, kind.to_owned(), text.to_owned()).await?;
             Ok(Value::Null)
         }

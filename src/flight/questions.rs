@@ -5,6 +5,7 @@ use crate::flight::dialect::{Connection, Dialect};
 use crate::flight::service::Shared;
 use crate::flight::status::{invalid, of_storage};
 use crate::lifecycle::{Locator, find_topic};
+use crate::ontology::Registry;
 use crate::query::engine::{Answer, Cost, Engine, Hit};
 use crate::query::pattern::Meaning;
 use crate::query::times::{Clusters, Interval, intersect};
@@ -13,7 +14,7 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
-use storage::ontology::{Derived, Ontology, form};
+use storage::ontology::{Derived, Ontology, Origin, form};
 use storage::read::Window;
 use tonic::{Code, Status};
 
@@ -48,7 +49,10 @@ pub(crate) async fn query(shared: &Shared, connection: &Connection, body: &Field
     };
     let query = parse::query(body, meaning)?;
     let (explain, intervals, time_range) = (query.explain, query.intervals, query.time_range);
-    let answer = engine(shared).run(query).await?;
+    let answer = {
+        let _turn = turn(shared).await?;
+        engine(shared).run(query).await?
+    };
     // v0 takes names only; whoever asks for more than it knows gets objects.
     let names_only = dialect == Dialect::V0 && !intervals && !time_range;
     let topic = |hit: &Hit| {
@@ -81,8 +85,8 @@ pub(crate) async fn query(shared: &Shared, connection: &Connection, body: &Field
 fn topic_json(hit: &Hit, intervals: bool, time_range: bool) -> Value {
     let mut object = json!({ "locator": hit.topic.locator, "ontology_tag": hit.topic.ontology_tag });
     if let Some(object) = object.as_object_mut() {
-        if let (true, Some(first), Some(last)) = (time_range, hit.intervals.first(), hit.intervals.last()) {
-            object.insert("timestamp_range".to_owned(), json!([first.0, last.1]));
+        if let (true, Some((first, last))) = (time_range, hit.range) {
+            object.insert("timestamp_range".to_owned(), json!([first, last]));
         }
         if intervals {
             object.insert("intervals".to_owned(), intervals_json(&hit.intervals));
@@ -141,6 +145,13 @@ async fn clusters_of(shared: &Shared, action: &str, fields: &Fields) -> Result<F
     let window = window(action, fields.get("timestamp_range"))?;
     let mut clusters = Clusters::new(dt);
     engine.times_of(&topic, &expr, window, &mut clusters).await?;
+    if clusters.is_full() {
+        return Err(Status::resource_exhausted(format!(
+            "action `{action}`: topic `{locator}` has more than {} windows; give a larger clustering_dt_ns or a \
+             narrower timestamp_range",
+            crate::limits::FILTER_WINDOWS_MAX
+        )));
+    }
     let sequence = locator.split('/').next().unwrap_or("").to_owned();
     Ok(Filtered { clusters: clusters.finish(), sequence })
 }
@@ -172,20 +183,22 @@ fn window(action: &str, range: Option<&Value>) -> Result<Window, Status> {
     }
 }
 
-/// The answers of a filter: one for each window, none if there is none.
-fn windows(windows: &[Interval]) -> Vec<Value> {
-    let window =
-        |(id, (start, end)): (usize, &Interval)| json!({ "id": id, "ts": { "start_ns": start, "end_ns": end } });
-    windows.iter().enumerate().map(window).collect()
+/// The action `topic_filter_clusterize`.
+pub(crate) async fn clusterize(shared: &Shared, fields: &Fields) -> Result<Vec<Interval>, Status> {
+    let _turn = turn(shared).await?;
+    Ok(clusters_of(shared, "topic_filter_clusterize", fields).await?.clusters)
 }
 
-/// The action `topic_filter_clusterize`.
-pub(crate) async fn clusterize(shared: &Shared, fields: &Fields) -> Result<Vec<Value>, Status> {
-    Ok(windows(&clusters_of(shared, "topic_filter_clusterize", fields).await?.clusters))
+/// Questions wait for one another: what they may hold together is part of INV-7's sum.
+async fn turn(shared: &Shared) -> Result<tokio::sync::OwnedSemaphorePermit, Status> {
+    // Cancel-safety: who goes away while waiting has taken nothing.
+    let turn = Arc::clone(&shared.queries).acquire_owned().await;
+    turn.map_err(|_| Status::unavailable("the server is shutting down"))
 }
 
 /// The action `topic_filter_intersect`.
-pub(crate) async fn intersection(shared: &Shared, fields: &Fields) -> Result<Vec<Value>, Status> {
+pub(crate) async fn intersection(shared: &Shared, fields: &Fields) -> Result<Vec<Interval>, Status> {
+    let _turn = turn(shared).await?;
     let action = "topic_filter_intersect";
     let topics = fields.get("topics").and_then(Value::as_array).filter(|topics| topics.len() >= 2);
     let topics = topics.ok_or_else(|| invalid(format!("action `{action}` needs `topics`, at least two")))?;
@@ -204,7 +217,7 @@ pub(crate) async fn intersection(shared: &Shared, fields: &Fields) -> Result<Vec
         return Err(invalid(format!("action `{action}`: topics of different sequences, `{a}` and `{b}`")));
     }
     let clusters: Vec<Vec<Interval>> = all.into_iter().map(|topic| topic.clusters).collect();
-    Ok(windows(&intersect(&clusters, dt)))
+    Ok(intersect(&clusters, dt))
 }
 
 /// The action `ontology_list`.
@@ -290,6 +303,7 @@ pub(crate) async fn ontology_register(shared: &Shared, fields: &Fields) -> Resul
     };
     storage::schema::TopicSchema::check(Arc::clone(&wire)).map_err(|error| of_storage(&error))?;
     let registry = Arc::clone(&shared.lifecycle.registry);
-    let registered = shared.lifecycle.committer.change(move |txn, _| registry.register(txn, &tag, &wire)).await?;
+    let offered = Registry::offer(&tag, &wire, Origin::Registered)?;
+    let registered = shared.lifecycle.committer.change(move |txn, _| registry.register(txn, offered)).await?;
     Ok(full(&registered))
 }

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use storage::StorageError;
 use storage::catalog::Look;
 use storage::disk::{DiskState, IoCounters};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tonic::{Request, Response, Status, Streaming};
 
 /// What every RPC may need.
@@ -34,6 +34,8 @@ pub(crate) struct Shared {
     pub(crate) disk: DiskState,
     /// For measuring the front alone: batches are decoded and dropped.
     pub(crate) null_sink: bool,
+    /// Places for questions that run at once.
+    pub(crate) queries: Arc<Semaphore>,
     /// Runs everything but uploads: a saturated ingest does not delay it.
     pub(crate) control: tokio::runtime::Handle,
     /// Becomes true when the server shuts down.
@@ -109,6 +111,21 @@ impl Shared {
         Ok(
             json!({ "sequences": sequences.len(), "topics": topics, "rows": rows, "chunks": chunks, "chunk_bytes": bytes }),
         )
+    }
+
+    /// The same for what only asks: it ends when nobody waits for it any more.
+    async fn on_control_while_wanted<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Status>> + Send + 'static,
+    ) -> Result<T, Status> {
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn_on(work, &self.control);
+        // Cancel-safety: dropping the set ends the task.
+        match tasks.join_next().await {
+            Some(Ok(result)) => result,
+            Some(Err(error)) => Err(Status::internal(format!("the call's task was lost: {error}"))),
+            None => Err(Status::internal("the call's task was lost")),
+        }
     }
 
     /// Runs work on the control runtime.
@@ -211,11 +228,15 @@ impl FlightService for Flight {
     async fn do_action(&self, request: Request<Action>) -> Result<Response<Self::DoActionStream>, Status> {
         let (shared, connection) = (Arc::clone(&self.shared), connection(&request));
         let action = request.into_inner();
-        let bodies = self
-            .shared
-            .on_control(async move { actions::run(&shared, &connection, &action.r#type, &action.body).await })
-            .await?;
-        Ok(Response::new(one(bodies.into_iter().map(|body| arrow_flight::Result { body: body.into() }).collect())))
+        let only_asks = actions::only_asks(&action.r#type);
+        let work = async move { actions::run(&shared, &connection, &action.r#type, &action.body).await };
+        let answer = if only_asks {
+            self.shared.on_control_while_wanted(work).await?
+        } else {
+            self.shared.on_control(work).await?
+        };
+        let results = answer.bodies().map(|body| Ok(arrow_flight::Result { body: body.into() }));
+        Ok(Response::new(stream::iter(results).boxed()))
     }
 
     async fn list_actions(&self, _request: Request<Empty>) -> Result<Response<Self::ListActionsStream>, Status> {

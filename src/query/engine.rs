@@ -9,9 +9,9 @@ use crate::ontology::{Registry, nearest};
 use crate::query::names::{int_satisfies, text_satisfies, topic_name_satisfies};
 use crate::query::plan::{Bound, Verdict, bind, resolve};
 use crate::query::refine::matching;
-use crate::query::times::{Builder, Interval, Runs, intersect, union};
+use crate::query::times::{Builder, Interval, Range, Runs, intersect, union};
 use crate::query::{Content, Expr, Filter, Query, QueryError};
-use arrow::array::{Array, AsArray};
+use arrow::array::AsArray;
 use arrow::datatypes::Int64Type;
 use futures::{StreamExt, TryStreamExt};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -68,8 +68,18 @@ impl Cost {
 #[derive(Debug, Clone)]
 pub(crate) struct Hit {
     pub(crate) topic: TopicRecord,
-    /// Runs of matching rows, where times were asked for.
+    /// Runs of matching rows, where they were asked for.
     pub(crate) intervals: Vec<Interval>,
+    /// First and last time of matching rows, where it was asked for.
+    pub(crate) range: Option<Interval>,
+}
+
+/// What is to be found out about the times of matching rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Times {
+    Nothing,
+    Range,
+    Intervals,
 }
 
 /// A sequence in an answer.
@@ -110,17 +120,22 @@ impl Engine {
         let cost = Arc::new(Cost::default());
         self.check(&query.content)?;
         if query.explain {
-            for sequence in self.sequences(query.sequence.as_ref())? {
-                for topic in self.catalog.topics_of(sequence.id)? {
-                    Cost::add(&cost.bytes_stored, self.catalog.totals(topic.no)?.stored_bytes);
+            let (engine, filter, cost) = (self.clone(), query.sequence.clone(), Arc::clone(&cost));
+            aside(move || {
+                for sequence in engine.sequences(filter.as_ref())? {
+                    for topic in engine.catalog.topics_of(sequence.id)? {
+                        Cost::add(&cost.bytes_stored, engine.catalog.totals(topic.no)?.stored_bytes);
+                    }
                 }
-            }
+                Ok(())
+            })
+            .await?;
         }
         let nothing_asked = query.sequence.is_none() && query.topic.is_none() && query.content.is_empty();
         let mut items = if nothing_asked {
             Vec::new()
         } else if query.content.is_empty() {
-            self.by_name(&query)?
+            self.by_name_aside(&query).await?
         } else {
             self.by_content(&query, &cost).await?
         };
@@ -134,8 +149,7 @@ impl Engine {
         }
         let topics: usize = items.iter().map(|item| item.topics.len().max(1)).sum();
         if topics > limits::QUERY_TOPICS_MAX {
-            let remedy = "give `limit`, or ask more narrowly";
-            return Err(QueryError::TooMuch { what: "topics in the answer", most: limits::QUERY_TOPICS_MAX, remedy });
+            return Err(too_many_topics());
         }
         let mut left = limits::QUERY_INTERVALS_MAX;
         for item in &mut items {
@@ -143,12 +157,8 @@ impl Engine {
             let all = item.topics.iter_mut().map(|hit| &mut hit.intervals).chain([&mut item.windows]);
             for intervals in all {
                 truncated |= left < intervals.len();
-                // The last one stays, so that first and last time of a topic remain true.
-                if let (true, Some(last)) = (left < intervals.len(), intervals.last().copied()) {
-                    intervals.truncate(left);
-                    intervals.push(last);
-                }
-                left = left.saturating_sub(intervals.len());
+                intervals.truncate(left);
+                left -= intervals.len();
             }
         }
         Ok(Answer { items, truncated, cost })
@@ -188,19 +198,30 @@ impl Engine {
     /// Sequences and topics by what they are, not by what is in them.
     fn by_name(&self, query: &Query) -> Result<Vec<Item>> {
         let mut items = Vec::new();
+        let mut listed = 0;
         for sequence in self.sequences(query.sequence.as_ref())? {
             let topics: Vec<Hit> = self
                 .catalog
                 .topics_of(sequence.id)?
                 .into_iter()
                 .filter(|topic| query.topic.as_ref().is_none_or(|filter| topic_satisfies(topic, filter)))
-                .map(|topic| Hit { topic, intervals: Vec::new() })
+                .map(found)
                 .collect();
+            listed += topics.len().max(1);
+            if listed > limits::QUERY_TOPICS_MAX {
+                return Err(too_many_topics());
+            }
             if query.topic.is_none() || !topics.is_empty() {
                 items.push(Item { sequence, topics, windows: Vec::new() });
             }
         }
         Ok(items)
+    }
+
+    /// The same off the threads that serve calls: it reads whole records of everything there is.
+    async fn by_name_aside(&self, query: &Query) -> Result<Vec<Item>> {
+        let (engine, query) = (self.clone(), query.clone());
+        aside(move || engine.by_name(&query)).await
     }
 
     fn sequences(&self, filter: Option<&Filter>) -> Result<Vec<SequenceRecord>> {
@@ -219,10 +240,14 @@ impl Engine {
         let allowed = if query.sequence.is_none() && query.topic.is_none() {
             None
         } else {
-            let items = self.by_name(query)?;
+            let items = self.by_name_aside(query).await?;
             Some(items.into_iter().flat_map(|item| item.topics).map(|hit| hit.topic.no).collect::<HashSet<_>>())
         };
-        let times = query.intervals || query.time_range;
+        let times = match (query.intervals, query.time_range) {
+            (true, _) => Times::Intervals,
+            (false, true) => Times::Range,
+            (false, false) => Times::Nothing,
+        };
         let found = self.evaluate(&query.content, allowed.as_ref(), times, cost).await?;
         let mut items = Vec::new();
         for (id, topics) in found.hits {
@@ -244,7 +269,7 @@ impl Engine {
         &self,
         content: &Content,
         allowed: Option<&HashSet<TopicNo>>,
-        times: bool,
+        times: Times,
         cost: &Arc<Cost>,
     ) -> Result<Found> {
         let mut all: Option<Found> = None;
@@ -266,13 +291,7 @@ impl Engine {
                 for (sequence, hits) in found.hits {
                     let known = either.hits.entry(sequence).or_default();
                     for hit in hits {
-                        match known.iter_mut().find(|known| known.topic.no == hit.topic.no) {
-                            Some(known) => {
-                                let both = std::mem::take(&mut known.intervals).into_iter().chain(hit.intervals);
-                                known.intervals = union(both.collect());
-                            }
-                            None => known.push(hit),
-                        }
+                        add_hit(known, hit);
                     }
                 }
             }
@@ -304,15 +323,14 @@ impl Engine {
         tag: &str,
         expr: &Expr,
         allowed: Option<&HashSet<TopicNo>>,
-        times: bool,
+        times: Times,
         cost: &Arc<Cost>,
     ) -> Result<Vec<Hit>> {
         let survivors = {
             let (engine, tag, expr) = (self.clone(), tag.to_owned(), expr.clone());
             let (allowed, cost) = (allowed.cloned(), Arc::clone(cost));
             // The index is read through RocksDB, which blocks.
-            let scan = tokio::task::spawn_blocking(move || engine.scan(&tag, &expr, allowed.as_ref(), &cost));
-            scan.await.map_err(|error| StorageError::Format { op: "query", text: error.to_string() })??
+            aside(move || engine.scan(&tag, &expr, allowed.as_ref(), &cost)).await?
         };
         let hits: Vec<Option<Hit>> = futures::stream::iter(survivors)
             .map(|survivor| self.refine(survivor, times, cost))
@@ -324,6 +342,8 @@ impl Engine {
 
     /// Looks through the index of all topics of a tag.
     fn scan(&self, tag: &str, expr: &Expr, allowed: Option<&HashSet<TopicNo>>, cost: &Cost) -> Result<Vec<Survivor>> {
+        // The view first: a version registered behind it can only belong to topics it does not show.
+        let view = self.catalog.view();
         let versions = self.registry.versions(tag);
         let mut bounds: HashMap<u32, Arc<(Bound, Arc<Ontology>)>> = HashMap::new();
         for version in &versions {
@@ -332,7 +352,6 @@ impl Engine {
                 bounds.insert(version.record.version, Arc::new((bound, Arc::clone(version))));
             }
         }
-        let view = self.catalog.view();
         let apart: HashSet<TopicNo> = unfolded_topics(&self.catalog)?.into_iter().collect();
         let mut index = Index { view: &view, tag, cursors: HashMap::new() };
         let mut survivors = Vec::new();
@@ -366,22 +385,38 @@ impl Engine {
         Ok(survivors)
     }
 
-    /// Reads what the index left open of a topic. `None`: no row matches.
-    async fn refine(&self, survivor: Survivor, times: bool, cost: &Cost) -> Result<Option<Hit>> {
-        let proven = survivor.verdicts.contains(&Verdict::All);
-        if proven && !times {
-            let topic = self.catalog.topic(survivor.topic)?;
-            return Ok(topic.map(|topic| Hit { topic, intervals: Vec::new() }));
+    /// Reads what the index left open of a topic. `None`: no row matches, or it was deleted meanwhile.
+    async fn refine(&self, survivor: Survivor, times: Times, cost: &Cost) -> Result<Option<Hit>> {
+        let topic = survivor.topic;
+        match self.refine_known(survivor, times, cost).await {
+            Err(error) if self.catalog.topic(topic)?.is_some() => Err(error),
+            Err(_) => Ok(None),
+            found => found,
         }
-        let Some(rows) = self.rows(survivor)? else { return Ok(None) };
-        if !times {
-            let found = rows.any(&self.loader, cost).await?;
-            return Ok(found.then(|| Hit { topic: rows.view.record.clone(), intervals: Vec::new() }));
+    }
+
+    async fn refine_known(&self, survivor: Survivor, times: Times, cost: &Cost) -> Result<Option<Hit>> {
+        if times == Times::Nothing && survivor.verdicts.contains(&Verdict::All) {
+            return Ok(self.catalog.topic(survivor.topic)?.map(found));
         }
-        let mut runs = Runs::default();
-        rows.walk(&self.loader, Window::default(), &mut runs, cost).await?;
-        let intervals = runs.finish();
-        Ok((!intervals.is_empty()).then(|| Hit { topic: rows.view.record.clone(), intervals }))
+        let engine = self.clone();
+        let Some(rows) = aside(move || engine.rows(survivor)).await? else { return Ok(None) };
+        let hit = found(rows.view.record.clone());
+        match times {
+            Times::Nothing => Ok(rows.any(&self.loader, cost).await?.then_some(hit)),
+            Times::Range => {
+                let mut range = Range::default();
+                rows.walk(&self.loader, Window::default(), &mut range, cost).await?;
+                Ok(range.0.map(|range| Hit { range: Some(range), ..hit }))
+            }
+            Times::Intervals => {
+                let mut runs = Runs::default();
+                rows.walk(&self.loader, Window::default(), &mut runs, cost).await?;
+                let range = runs.range();
+                let intervals = runs.finish();
+                Ok((!intervals.is_empty()).then_some(Hit { intervals, range, ..hit }))
+            }
+        }
     }
 
     /// The rows of a topic as they are now; `None` if it was deleted meanwhile.
@@ -405,10 +440,9 @@ impl Engine {
     ) -> Result<()> {
         let (engine, of_topic, expr, cost) = (self.clone(), topic.clone(), expr.clone(), Arc::new(Cost::default()));
         let for_scan = Arc::clone(&cost);
-        let scan = tokio::task::spawn_blocking(move || {
-            engine.scan(&of_topic.ontology_tag, &expr, Some(&HashSet::from([of_topic.no])), &for_scan)
-        });
-        let survivors = scan.await.map_err(|error| StorageError::Format { op: "query", text: error.to_string() })??;
+        let survivors =
+            aside(move || engine.scan(&of_topic.ontology_tag, &expr, Some(&HashSet::from([of_topic.no])), &for_scan))
+                .await?;
         for survivor in survivors {
             if let Some(rows) = self.rows(survivor)? {
                 rows.walk(&self.loader, window, builder, &cost).await?;
@@ -416,6 +450,24 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// Runs what blocks, or takes long, off the threads that serve calls.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(StorageError::Format { op: "query", text: error.to_string() }.into()),
+    }
+}
+
+fn too_many_topics() -> QueryError {
+    let remedy = "ask more narrowly";
+    QueryError::TooMuch { what: "topics in the answer", most: limits::QUERY_TOPICS_MAX, remedy }
+}
+
+/// A topic in an answer. Its metadata, which bridges fill with whole schemas, is not part of any.
+fn found(topic: TopicRecord) -> Hit {
+    Hit { topic: TopicRecord { user_metadata: String::new(), ..topic }, intervals: Vec::new(), range: None }
 }
 
 /// Tags of generations before 0.6 (protocol.md section 4): known, though nothing of them may be here.
@@ -453,8 +505,7 @@ fn metadata_satisfies(text: &str, filter: &Filter) -> bool {
 }
 
 fn topic_satisfies(topic: &TopicRecord, filter: &Filter) -> bool {
-    let path = topic.locator.split_once('/').map_or("", |(_, path)| path);
-    filter.name.iter().all(|test| topic_name_satisfies(path, test) || text_satisfies(&topic.locator, test))
+    filter.name.iter().all(|test| topic_name_satisfies(&topic.locator, test))
         && filter.created_ns.iter().all(|test| int_satisfies(topic.created_at_ns, test))
         && filter.ontology_tag.iter().all(|test| text_satisfies(&topic.ontology_tag, test))
         && filter.format.iter().all(|test| text_satisfies(topic.format.name(), test))
@@ -467,12 +518,25 @@ fn intervals_by_sequence(hits: &BTreeMap<SequenceId, Vec<Hit>>) -> HashMap<Seque
         .collect()
 }
 
+/// Adds a topic, which may be there already by another part of the question.
+fn add_hit(hits: &mut Vec<Hit>, hit: Hit) {
+    match hits.iter_mut().find(|known| known.topic.no == hit.topic.no) {
+        Some(known) => {
+            let both = std::mem::take(&mut known.intervals).into_iter().chain(hit.intervals);
+            known.intervals = union(both.collect());
+        }
+        None => hits.push(hit),
+    }
+}
+
 /// Sequences in both, with the topics of both.
 fn combine(so_far: Option<Found>, mut found: Found) -> Found {
     let Some(mut all) = so_far else { return found };
     all.hits.retain(|sequence, _| found.hits.contains_key(sequence));
     for (sequence, hits) in &mut all.hits {
-        hits.extend(found.hits.remove(sequence).unwrap_or_default());
+        for hit in found.hits.remove(sequence).unwrap_or_default() {
+            add_hit(hits, hit);
+        }
     }
     all.parts.extend(found.parts);
     all
@@ -568,15 +632,18 @@ impl Rows {
             Cost::add(&cost.read, 1);
             Cost::add(&cost.bytes_read, bytes);
         }
-        let times = batch.column_by_name(TIME_COLUMN).and_then(|column| column.as_primitive_opt::<Int64Type>());
-        let times = times.ok_or(StorageError::Gone)?.values().to_vec();
-        let matches = match verdict {
-            Verdict::All => vec![true; times.len()],
-            Verdict::None => vec![false; times.len()],
-            Verdict::Some => matching(&self.bound.0, &batch)?.iter().collect(),
-        };
-        debug_assert_eq!(batch.num_rows(), batch.column(0).len());
-        Ok((times, matches))
+        let bound = Arc::clone(&self.bound);
+        aside(move || {
+            let times = batch.column_by_name(TIME_COLUMN).and_then(|column| column.as_primitive_opt::<Int64Type>());
+            let times = times.ok_or(StorageError::Gone)?.values().to_vec();
+            let matches = match verdict {
+                Verdict::All => vec![true; times.len()],
+                Verdict::None => vec![false; times.len()],
+                Verdict::Some => matching(&bound.0, &batch)?.iter().collect(),
+            };
+            Ok((times, matches))
+        })
+        .await
     }
 
     /// Feeds the rows of a window to a builder in time order.

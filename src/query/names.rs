@@ -5,6 +5,10 @@ use serde_json::Value;
 
 /// Deepest user metadata that `**` follows.
 const METADATA_DEPTH_MAX: usize = 32;
+/// Steps of a path. Bounds recursion over text from outside.
+const STEPS_MAX: usize = 32;
+/// `**` in one path: each multiplies the places that are looked at by the depth.
+const ANY_DEPTHS_MAX: usize = 2;
 
 /// A checked key of `user_metadata`: `a.b`, `*` for one level, `**` for any depth, `list[*]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,8 +33,11 @@ impl MetadataPath {
         if text.contains("***") {
             return Err("has `***`; `*` is one level, `**` any depth".to_owned());
         }
-        let mut steps = Vec::new();
+        let mut steps: Vec<Step> = Vec::new();
         for part in text.split('.') {
+            if steps.len() >= STEPS_MAX {
+                return Err(format!("has more than {STEPS_MAX} parts"));
+            }
             let (name, elements) = match part.strip_suffix("[*]") {
                 Some(name) => (name, true),
                 None => (part, false),
@@ -47,25 +54,21 @@ impl MetadataPath {
                 steps.push(Step::Elements);
             }
         }
+        if steps.iter().filter(|step| **step == Step::AnyDepth).count() > ANY_DEPTHS_MAX {
+            return Err(format!("has more than {ANY_DEPTHS_MAX} `**`"));
+        }
         Ok(Self { steps })
-    }
-
-    /// Everything the path leads to.
-    fn find<'v>(&self, metadata: &'v Value) -> Vec<&'v Value> {
-        let mut found = Vec::new();
-        follow(metadata, &self.steps, 0, &mut found);
-        found
     }
 
     /// Whether something the path leads to satisfies a test; a list does if one of its elements does.
     pub(crate) fn satisfies(&self, metadata: &Value, test: &Test) -> bool {
-        let found = self.find(metadata);
+        let any = |fits: &dyn Fn(&Value) -> bool| leads_to(metadata, &self.steps, 0, fits);
         match test {
-            Test::Exists => !found.is_empty(),
-            Test::NotExists => found.is_empty(),
-            Test::ListEq(items) => found.iter().any(|value| list_is(value, items)),
-            Test::ListNeq(items) => found.iter().any(|value| value.is_array() && !list_is(value, items)),
-            test => found.into_iter().any(|value| match value {
+            Test::Exists => any(&|_| true),
+            Test::NotExists => !any(&|_| true),
+            Test::ListEq(items) => any(&|value| list_is(value, items)),
+            Test::ListNeq(items) => any(&|value| value.is_array() && !list_is(value, items)),
+            test => any(&|value| match value {
                 Value::Array(items) => items.iter().any(|item| scalar_satisfies(item, test)),
                 value => scalar_satisfies(value, test),
             }),
@@ -73,44 +76,30 @@ impl MetadataPath {
     }
 }
 
-fn follow<'v>(value: &'v Value, steps: &[Step], depth: usize, found: &mut Vec<&'v Value>) {
+/// Whether something the path leads to fits.
+fn leads_to(value: &Value, steps: &[Step], depth: usize, fits: &dyn Fn(&Value) -> bool) -> bool {
     let Some((step, rest)) = steps.split_first() else {
-        found.push(value);
-        return;
+        return fits(value);
     };
-    match step {
-        Step::Key(key) => match value {
-            Value::Object(object) => {
-                if let Some(value) = object.get(key) {
-                    follow(value, rest, depth, found);
+    let on = |value: &Value| leads_to(value, rest, depth, fits);
+    match (step, value) {
+        (Step::Key(key), Value::Object(object)) => object.get(key).is_some_and(on),
+        // A list on the way stands for its elements.
+        (Step::Key(_), Value::Array(items)) => {
+            items.iter().any(|item| item.is_object() && leads_to(item, steps, depth, fits))
+        }
+        (Step::AnyKey, Value::Object(object)) => object.values().any(on),
+        (Step::Elements, Value::Array(items)) => items.iter().any(on),
+        (Step::AnyDepth, value) => {
+            let deeper = |value: &Value| depth < METADATA_DEPTH_MAX && leads_to(value, steps, depth + 1, fits);
+            on(value)
+                || match value {
+                    Value::Object(object) => object.values().any(deeper),
+                    Value::Array(items) => items.iter().any(deeper),
+                    _ => false,
                 }
-            }
-            // A list on the way stands for its elements.
-            Value::Array(items) => items.iter().filter(|item| item.is_object()).for_each(|item| {
-                follow(item, steps, depth, found);
-            }),
-            _ => {}
-        },
-        Step::AnyKey => {
-            if let Value::Object(object) = value {
-                object.values().for_each(|value| follow(value, rest, depth, found));
-            }
         }
-        Step::AnyDepth => {
-            follow(value, rest, depth, found);
-            if depth < METADATA_DEPTH_MAX {
-                match value {
-                    Value::Object(object) => object.values().for_each(|value| follow(value, steps, depth + 1, found)),
-                    Value::Array(items) => items.iter().for_each(|value| follow(value, steps, depth + 1, found)),
-                    _ => {}
-                }
-            }
-        }
-        Step::Elements => {
-            if let Value::Array(items) = value {
-                items.iter().for_each(|item| follow(item, rest, depth, found));
-            }
-        }
+        _ => false,
     }
 }
 
@@ -155,12 +144,13 @@ pub(crate) fn text_satisfies(text: &str, test: &Test) -> bool {
     }
 }
 
-/// Whether a topic's name satisfies a test: users write it with and without the leading slash.
-pub(crate) fn topic_name_satisfies(path: &str, test: &Test) -> bool {
-    let slashed = format!("/{path}");
+/// Whether a topic's name satisfies a test: users write it with and without the leading slash, and with
+/// its sequence.
+pub(crate) fn topic_name_satisfies(locator: &str, test: &Test) -> bool {
+    let path = locator.split_once('/').map_or("", |(_, path)| path);
     match test {
-        Test::Neq(literal) => !topic_name_satisfies(path, &Test::Eq(literal.clone())),
-        test => text_satisfies(path, test) || text_satisfies(&slashed, test),
+        Test::Neq(literal) => !topic_name_satisfies(locator, &Test::Eq(literal.clone())),
+        test => [path, &format!("/{path}"), locator].iter().any(|name| text_satisfies(name, test)),
     }
 }
 
@@ -225,17 +215,18 @@ mod tests {
 
     #[test]
     fn topic_names_are_found_with_and_without_their_slash() {
-        assert!(topic_name_satisfies("imu", &Test::Eq(text("imu"))));
-        assert!(topic_name_satisfies("imu", &Test::Eq(text("/imu"))));
-        assert!(!topic_name_satisfies("imu", &Test::Neq(text("/imu"))));
+        assert!(topic_name_satisfies("drive/imu", &Test::Eq(text("imu"))));
+        assert!(topic_name_satisfies("drive/imu", &Test::Eq(text("/imu"))));
+        assert!(!topic_name_satisfies("drive/imu", &Test::Neq(text("/imu"))));
         let glob = |pattern| Test::Match(Pattern::parse(pattern, Meaning::Glob).expect("a pattern"));
-        assert!(topic_name_satisfies("camera/front", &glob("/camera*")));
-        assert!(topic_name_satisfies("camera/front", &glob("camera*")));
+        assert!(topic_name_satisfies("drive/camera/front", &glob("/camera*")));
+        assert!(topic_name_satisfies("drive/camera/front", &glob("camera*")));
     }
 
     #[test]
     fn broken_paths_are_refused() {
-        for path in ["", "a..b", "a.***", "a[0]", "[*]"] {
+        let long = ["a"; STEPS_MAX + 1].join(".");
+        for path in ["", "a..b", "a.***", "a[0]", "[*]", "**.a.**.b.**", long.as_str()] {
             assert!(MetadataPath::parse(path).is_err(), "{path:?}");
         }
     }

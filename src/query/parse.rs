@@ -24,6 +24,11 @@ fn invalid(key: &str, why: impl Into<String>) -> QueryError {
 /// Checks a whole query. `meaning`: what `$match` is for this client where the keys do not tell.
 pub(crate) fn query(body: &Map<String, Value>, meaning: Meaning) -> Result<Query> {
     let mut query = Query::default();
+    let comparisons = count(body.get("ontology").unwrap_or(&Value::Null));
+    if comparisons > limits::QUERY_PREDICATES_MAX {
+        let most = limits::QUERY_PREDICATES_MAX;
+        return Err(invalid("ontology", format!("has {comparisons} comparisons, over the limit of {most}")));
+    }
     // Keys of older generations bring their meaning of `$match` with them, for the whole query.
     let meaning = if is_old(body) { Meaning::Substring } else { meaning };
     for (key, value) in body {
@@ -50,6 +55,27 @@ pub(crate) fn query(body: &Map<String, Value>, meaning: Meaning) -> Result<Query
     Ok(query)
 }
 
+/// Comparisons in a content part, not deeper than the parser goes either.
+fn count(value: &Value) -> usize {
+    fn inside(value: &Value, depth: usize) -> usize {
+        if depth > 2 * limits::QUERY_DEPTH_MAX {
+            return 0;
+        }
+        match value {
+            Value::Object(fields) => {
+                let of = |(key, value): (&String, &Value)| match key.as_str() {
+                    "$or" | "$and" | "$not" => inside(value, depth + 1),
+                    _ => 1,
+                };
+                fields.iter().map(of).sum()
+            }
+            Value::Array(items) => items.iter().map(|item| inside(item, depth + 1)).sum(),
+            _ => 0,
+        }
+    }
+    inside(value, 0)
+}
+
 /// Whether the keys are those of generations before 0.6.
 fn is_old(body: &Map<String, Value>) -> bool {
     let has = |part: &str, key: &str| body.get(part).and_then(|part| part.get(key)).is_some();
@@ -59,6 +85,9 @@ fn is_old(body: &Map<String, Value>) -> bool {
 
 /// Checks the ontology part alone, as the temporal filters carry it.
 pub(crate) fn ontology(value: &Value) -> Result<Content> {
+    if count(value) > limits::QUERY_PREDICATES_MAX {
+        return Err(invalid("ontology", format!("has more than {} comparisons", limits::QUERY_PREDICATES_MAX)));
+    }
     content(object("ontology", value)?, Meaning::Glob, 0)
 }
 

@@ -96,6 +96,9 @@ fn bind_predicate(predicate: &Predicate, ontology: &Ontology) -> Result<Bound, Q
         return Ok(Bound::Always(predicate.test == Test::NotExists));
     };
     let invalid = |why: String| QueryError::Invalid { key: predicate.key.clone(), why };
+    if predicate.path.elements.is_some() && matches!(predicate.test, Test::ListEq(_) | Test::ListNeq(_)) {
+        return Err(invalid("compares an element with a list; leave the choice of elements out".to_owned()));
+    }
     if let Test::Within(wanted) = &predicate.test {
         let position = ontology.record.derived.iter().find_map(|derived| match derived {
             Derived::Box { path, latitude, longitude } if *path == predicate.path.head => {
@@ -270,6 +273,8 @@ impl Leaf {
         match (&self.target, &self.typed) {
             // Whether an absent element is asked for, elements cannot tell.
             (Target::Elements { .. }, Typed::Present(false)) => Verdict::Some,
+            // Without elements there may be no rows either, which nothing is true of.
+            (Target::Elements { .. }, _) if stats.values == 0 => Verdict::Some,
             // A row without such elements does not match, so *all* is never proven.
             (Target::Elements { .. }, _) => verdict.min(Verdict::Some),
             _ => verdict,

@@ -102,6 +102,9 @@ fn leaf_rows(leaf: &Leaf, batch: &RecordBatch) -> Result<BooleanBuffer, StorageE
 }
 
 fn floats(array: &ArrayRef) -> Result<Float64Array, StorageError> {
+    if !array.data_type().is_numeric() {
+        return Err(unexpected(array.data_type()));
+    }
     Ok(arrow::compute::cast(array, &DataType::Float64)?.as_primitive::<Float64Type>().clone())
 }
 

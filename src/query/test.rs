@@ -123,8 +123,8 @@ impl Test {
         let exact = width(0.1) == 0.1;
         let point = |literal: &Literal| match literal {
             Literal::Int(value) if exact => Ok(Point::of_wide_int(*value)),
-            Literal::Int(value) => Ok(Point { at: width(*value as f64), side: Side::On }),
-            Literal::Float(value) => Ok(Point { at: width(*value), side: Side::On }),
+            Literal::Int(value) => Ok(narrowed(width(*value as f64))),
+            Literal::Float(value) => Ok(narrowed(width(*value))),
             other => Err(other_kind("a number", other)),
         };
         let mut ranges = self.ranges(&point)?;
@@ -194,6 +194,15 @@ impl Test {
                 return Err("this operator does not compare".to_owned());
             }
         })
+    }
+}
+
+/// A finite literal that is infinite in its column's width lies beyond every finite value of it.
+fn narrowed(at: f64) -> Point<f64> {
+    match at {
+        f64::INFINITY => Point { at: f64::MAX, side: Side::Above },
+        f64::NEG_INFINITY => Point { at: f64::MIN, side: Side::Below },
+        at => Point { at, side: Side::On },
     }
 }
 
@@ -355,6 +364,9 @@ mod tests {
     #[test]
     fn a_literal_takes_the_width_of_a_float32_column() {
         check_float(Test::Eq(Literal::Float(0.1)), &DataType::Float32, &[f64::from(0.1_f32)], &[0.1]);
+        let largest = f64::from(f32::MAX);
+        check_float(Test::Leq(Literal::Float(1e39)), &DataType::Float32, &[largest], &[f64::INFINITY]);
+        check_float(Test::Gt(Literal::Float(1e39)), &DataType::Float32, &[f64::INFINITY], &[largest]);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Times of matching rows to intervals, clusters, and where those of several topics coincide. Pure.
 
+use crate::limits;
+
 /// First and last time, both inclusive, in nanoseconds.
 pub(crate) type Interval = (i64, i64);
 
@@ -17,13 +19,17 @@ pub(crate) trait Builder {
 pub(crate) struct Runs {
     done: Vec<Interval>,
     open: Option<Interval>,
+    /// First and last of all, also of those that are not kept.
+    range: Range,
 }
 
 impl Builder for Runs {
     fn row(&mut self, time: i64, matches: bool) {
+        self.range.row(time, matches);
         match (matches, self.open) {
             (true, Some((first, _))) => self.open = Some((first, time)),
             (true, None) => self.open = Some((time, time)),
+            (false, Some(_)) if self.done.len() > limits::QUERY_INTERVALS_MAX => self.open = None,
             (false, _) => self.done.extend(self.open.take()),
         }
     }
@@ -36,7 +42,12 @@ impl Builder for Runs {
 }
 
 impl Runs {
-    /// All runs, in time order.
+    /// First and last time of all.
+    pub(crate) fn range(&self) -> Option<Interval> {
+        self.range.0
+    }
+
+    /// All runs, in time order; at most two more than one answer holds.
     pub(crate) fn finish(mut self) -> Vec<Interval> {
         self.done.extend(self.open);
         self.done
@@ -56,9 +67,32 @@ impl Clusters {
         Self { dt, done: Vec::new() }
     }
 
+    /// Whether there were more than are kept.
+    pub(crate) fn is_full(&self) -> bool {
+        self.done.len() > limits::FILTER_WINDOWS_MAX
+    }
+
     /// All clusters, in time order.
     pub(crate) fn finish(self) -> Vec<Interval> {
         self.done
+    }
+}
+
+/// First and last time of the rows that match.
+#[derive(Debug, Default)]
+pub(crate) struct Range(pub(crate) Option<Interval>);
+
+impl Builder for Range {
+    fn row(&mut self, time: i64, matches: bool) {
+        if matches {
+            self.0 = Some(self.0.map_or((time, time), |(first, _)| (first, time)));
+        }
+    }
+
+    fn block(&mut self, first: i64, last: i64) -> bool {
+        self.row(first, true);
+        self.row(last, true);
+        true
     }
 }
 
@@ -67,8 +101,10 @@ impl Builder for Clusters {
         if !matches {
             return;
         }
+        let full = self.is_full();
         match self.done.last_mut() {
             Some((_, last)) if self.dt == 0 || time.abs_diff(*last) <= self.dt => *last = time,
+            _ if full => {}
             _ => self.done.push((time, time)),
         }
     }

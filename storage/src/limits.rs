@@ -31,7 +31,7 @@ pub const TEXT_BOUND_BYTES: usize = 64;
 /// Nesting depth of a schema. Bounds recursion over types that came from outside.
 pub const SCHEMA_DEPTH_MAX: usize = 64;
 
-/// Bytes that one row of a column may take by its type alone (fixed-size lists and binaries).
+/// Bytes that one row may take by its types alone (fixed-size lists and binaries).
 /// Bounds what trying out a schema allocates: types multiply without a byte being sent.
 pub const FIXED_ROW_BYTES_MAX: u64 = 16 << 20;
 

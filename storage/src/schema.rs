@@ -68,6 +68,7 @@ impl TopicSchema {
             }
         };
         let mut names = std::collections::HashSet::new();
+        let mut row_bytes = 0_u64;
         for field in wire.fields() {
             storable(field, field.name(), 0)?;
             let refuse = |why: String| StorageError::Unstorable {
@@ -78,9 +79,10 @@ impl TopicSchema {
             if !names.insert(field.name()) {
                 return Err(refuse("another column has the same name".to_owned()));
             }
-            if fixed_row_bytes(field.data_type()) > limits::FIXED_ROW_BYTES_MAX {
+            row_bytes = row_bytes.saturating_add(fixed_row_bytes(field.data_type()));
+            if row_bytes > limits::FIXED_ROW_BYTES_MAX {
                 let most = limits::FIXED_ROW_BYTES_MAX;
-                return Err(refuse(format!("one row of it takes more than {most} bytes")));
+                return Err(refuse(format!("with it one row takes more than {most} bytes by its types alone")));
             }
         }
         let fields: Fields = wire.fields().iter().map(stored_field).collect();

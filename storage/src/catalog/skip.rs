@@ -192,7 +192,8 @@ impl<'a> SkipBlock<'a> {
     }
 }
 
-/// The statistics of every chunk of a topic as the index has them now; `None` where it has none.
+/// The statistics of every chunk of a topic as the index has them now; `None` where it has none. Of
+/// columns with one name each gets what the first has.
 ///
 /// # Errors
 /// When the catalog cannot be read.
@@ -280,6 +281,7 @@ fn pack_columns(
     first_chunk: u32,
     records: &[SkipRecord],
 ) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let names = unique(&ontology.columns);
     let column = |(at, column): (usize, &String)| {
         let stats: Option<Vec<&FieldStats>> = records.iter().map(|record| record.fields.get(at)).collect();
         let stats = stats.ok_or_else(|| StorageError::Decode {
@@ -289,7 +291,14 @@ fn pack_columns(
         let id = keys::index_column(&ontology.record.tag, column);
         Ok((keys::skip_block(&id, topic, first_chunk), SkipBlock::pack(&stats)?))
     };
-    ontology.columns.iter().enumerate().map(column).collect()
+    names.into_iter().map(column).collect()
+}
+
+/// Columns by name, the first of each: a field may be named `a.b` beside a struct `a` with `b`, and what
+/// a path finds is the first.
+fn unique(columns: &[String]) -> Vec<(usize, &String)> {
+    let mut seen = std::collections::HashSet::new();
+    columns.iter().enumerate().filter(|(_, column)| seen.insert(*column)).collect()
 }
 
 impl Txn<'_> {
@@ -355,7 +364,8 @@ impl Txn<'_> {
 pub struct SkipCursor<'a> {
     column: [u8; 16],
     raw: rocksdb::DBRawIteratorWithThreadMode<'a, super::Db>,
-    started: bool,
+    /// The topic asked for last; the iterator stands behind its blocks.
+    last: Option<TopicNo>,
 }
 
 impl std::fmt::Debug for SkipCursor<'_> {
@@ -378,21 +388,22 @@ impl View<'_> {
         options.set_readahead_size(256 << 10);
         options.set_verify_checksums(true);
         let raw = self.snapshot.raw_iterator_cf_opt(&handle, options);
-        Ok(SkipCursor { column: keys::index_column(tag, path), raw, started: false })
+        Ok(SkipCursor { column: keys::index_column(tag, path), raw, last: None })
     }
 }
 
 impl SkipCursor<'_> {
-    /// Shows every block of a topic in chunk order; topics are asked for in ascending order.
+    /// Shows every block of a topic in chunk order. Cheapest when topics are asked for in ascending order.
     ///
     /// # Errors
     /// When the catalog cannot be read, a block does not decode, or `visit` fails.
     pub fn blocks(&mut self, topic: TopicNo, visit: &mut dyn FnMut(&SkipBlock<'_>) -> Result<()>) -> Result<()> {
         let from = keys::skip_block(&self.column, topic, 0);
-        if !self.started {
+        // Two comparisons of one column ask for a topic twice.
+        if self.last.is_none_or(|last| topic <= last) {
             self.raw.seek(&from);
-            self.started = true;
         }
+        self.last = Some(topic);
         let mut steps = 0;
         while self.raw.key().is_some_and(|key| key < from.as_slice()) {
             if steps == STEPS_BEFORE_SEEK {
@@ -478,6 +489,36 @@ mod tests {
                     block.get(index);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn inv_6_a_cursor_shows_the_blocks_of_a_topic_as_often_as_it_is_asked() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let catalog = Catalog::open(folder.path(), false).expect("a catalog");
+        let mut group = catalog.group();
+        let put = |txn: &mut Txn<'_>| -> Result<()> {
+            for (topic, low) in [(1, 10), (1_000, 20), (1_001, 30)] {
+                let block = SkipBlock::pack(&[&stats(Bounds::Int(low, low))])?;
+                let column = keys::index_column("t", "x");
+                txn.put_bytes(Family::Skip, keys::skip_block(&column, TopicNo(topic), 0), block);
+            }
+            Ok(())
+        };
+        group.change(put).expect("changed");
+        group.commit().expect("committed");
+        let view = catalog.view();
+        let mut cursor = view.skip_cursor("t", "x").expect("a cursor");
+        for (topic, expected) in [(1, vec![10]), (1, vec![10]), (7, vec![]), (1_001, vec![30]), (1_000, vec![20])] {
+            let mut seen = Vec::new();
+            let mut visit = |block: &SkipBlock<'_>| {
+                if let Bounds::Int(low, _) = block.get(0).bounds {
+                    seen.push(low);
+                }
+                Ok(())
+            };
+            cursor.blocks(TopicNo(topic), &mut visit).expect("blocks");
+            assert_eq!(seen, expected, "topic {topic}");
         }
     }
 

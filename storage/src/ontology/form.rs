@@ -185,6 +185,28 @@ pub fn type_name(data_type: &DataType) -> String {
     }
 }
 
+/// A field with all below it, in one text that tells any two apart: names are quoted.
+pub(crate) fn field_text(field: &Field) -> String {
+    let inner = match field.data_type() {
+        DataType::Struct(fields) => fields.iter().map(|field| field_text(field)).collect(),
+        DataType::List(item)
+        | DataType::LargeList(item)
+        | DataType::ListView(item)
+        | DataType::LargeListView(item)
+        | DataType::FixedSizeList(item, _)
+        | DataType::Map(item, _) => field_text(item),
+        _ => String::new(),
+    };
+    let kind = match field.data_type() {
+        DataType::FixedSizeList(_, size) => format!("fixed_size_list {size}"),
+        DataType::Map(_, sorted) => format!("map {sorted}"),
+        DataType::ListView(_) => "list_view".to_owned(),
+        DataType::LargeListView(_) => "large_list_view".to_owned(),
+        other => kind_name(other),
+    };
+    format!("{:?}:{kind}:{}<{inner}>", field.name(), field.is_nullable())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

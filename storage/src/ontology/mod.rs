@@ -8,9 +8,10 @@ pub mod form;
 
 use crate::chunk::stats::leaves;
 use crate::error::{Result, StorageError};
-use crate::schema::{TIME_COLUMN, TopicSchema};
+use crate::schema::{TIME_COLUMN, TopicSchema, field_at};
 use arrow::datatypes::{DataType, Field, Fields, SchemaRef};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Where a version came from.
@@ -111,6 +112,8 @@ pub struct Ontology {
     pub stored: SchemaRef,
     /// The columns of the skip index, in the order of a chunk's statistics.
     pub columns: Vec<String>,
+    /// Equal for schemas that are [`Relation::Same`], and in practice only for these.
+    pub fingerprint: u128,
 }
 
 impl Ontology {
@@ -130,7 +133,8 @@ impl Ontology {
             derived,
         };
         let columns = columns(&schema.stored, &record.derived);
-        Ok(Self { record, wire, stored: schema.stored, columns })
+        let fingerprint = fingerprint(&wire);
+        Ok(Self { record, wire, stored: schema.stored, columns, fingerprint })
     }
 
     /// Takes a version from the catalog.
@@ -141,13 +145,21 @@ impl Ontology {
         let wire = crate::schema::from_ipc(&record.schema)?;
         let schema = TopicSchema::derive(Arc::clone(&wire))?;
         let columns = columns(&schema.stored, &record.derived);
-        Ok(Self { record, wire, stored: schema.stored, columns })
+        let fingerprint = fingerprint(&wire);
+        Ok(Self { record, wire, stored: schema.stored, columns, fingerprint })
     }
 
     /// Position of an index column.
     pub fn column(&self, name: &str) -> Option<usize> {
         self.columns.iter().position(|column| column == name)
     }
+}
+
+/// Over names, types and nullability of all fields in order; metadata left out.
+fn fingerprint(schema: &SchemaRef) -> u128 {
+    let bare = |field: &Field| form::field_text(field);
+    let text: String = schema.fields().iter().map(|field| bare(field)).collect();
+    xxhash_rust::xxh3::xxh3_128(text.as_bytes())
 }
 
 fn columns(stored: &SchemaRef, derived: &[Derived]) -> Vec<String> {
@@ -159,8 +171,9 @@ fn columns(stored: &SchemaRef, derived: &[Derived]) -> Vec<String> {
 /// What is worth keeping of a schema, by shape: the rule is applied once, when a version is
 /// registered, and its result is part of the record.
 fn derive(stored: &SchemaRef, tag: &str) -> Vec<Derived> {
-    let paths = leaves(stored);
-    let has = |path: &str| paths.iter().any(|known| known == path);
+    let known: std::collections::HashSet<String> = leaves(stored).into_iter().collect();
+    let free = |column: &str| !known.contains(column) && field_at(stored, column).is_none();
+    let has = |path: &str| field_at(stored, path).is_some_and(DataType::is_numeric);
     let mut derived = Vec::new();
     let mut vectors = vec![String::new()];
     let mut texts = Vec::new();
@@ -170,7 +183,7 @@ fn derive(stored: &SchemaRef, tag: &str) -> Vec<Derived> {
         let of = ["x", "y", "z"].map(|axis| format!("{dotted}{axis}"));
         let column = format!("{dotted}norm");
         // A quaternion has a norm of one; positions in degrees have none worth asking for.
-        let is_vector = of.iter().all(|leaf| has(leaf)) && !has(&format!("{dotted}w")) && !has(&column);
+        let is_vector = of.iter().all(|leaf| has(leaf)) && !has(&format!("{dotted}w")) && free(&column);
         let is_position = is_gps(tag) && at == "position";
         if is_vector && is_position {
             derived.push(Derived::Box { path: at, latitude: of[0].clone(), longitude: of[1].clone() });
@@ -182,6 +195,8 @@ fn derive(stored: &SchemaRef, tag: &str) -> Vec<Derived> {
         }
     }
     derived.extend(texts.into_iter().map(|path| Derived::Values { path }));
+    // The marks of derived columns may be part of somebody's names.
+    derived.retain(|derived| free(&derived.column()));
     derived
 }
 
@@ -262,8 +277,12 @@ fn compare_fields(registered: &Fields, offered: &Fields, at: &str, first: &mut F
         expected: expected.to_owned(),
         found: found.to_owned(),
     };
+    let by_name = |fields: &Fields| -> HashMap<String, usize> {
+        fields.iter().enumerate().rev().map(|(at, field)| (field.name().clone(), at)).collect()
+    };
+    let (of_registered, of_offered) = (by_name(registered), by_name(offered));
     for field in registered {
-        match offered.iter().find(|candidate| candidate.name() == field.name()) {
+        match of_offered.get(field.name()).and_then(|at| offered.get(*at)) {
             Some(candidate) => compare_field(field, candidate, &path(field.name()), first),
             None => {
                 let missing = difference(field.name(), &describe(field), "no such field");
@@ -271,7 +290,7 @@ fn compare_fields(registered: &Fields, offered: &Fields, at: &str, first: &mut F
             }
         }
     }
-    for field in offered.iter().filter(|field| registered.iter().all(|known| known.name() != field.name())) {
+    for field in offered.iter().filter(|field| !of_registered.contains_key(field.name())) {
         first.compatible.get_or_insert(difference(field.name(), "no such field", &describe(field)));
     }
     let order = |fields: &Fields| fields.iter().map(|field| field.name().clone()).collect::<Vec<_>>();
@@ -392,6 +411,7 @@ mod tests {
             let back = Ontology::load(record).expect("loads");
             assert_eq!(back.columns, ontology.columns);
             assert_eq!(relate(&ontology.wire, &back.wire), Relation::Same);
+            assert_eq!(back.fingerprint, ontology.fingerprint);
         }
     }
 

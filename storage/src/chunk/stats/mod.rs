@@ -164,10 +164,16 @@ pub fn collect(schema: &SchemaRef, derived: &[Derived], batches: &[RecordBatch])
 }
 
 fn merge(into: &mut FieldStats, from: FieldStats) {
+    // No bounds: there is no value, or they are not known. Unknown bounds stay unknown.
+    let is_empty = |stats: &FieldStats| stats.values == stats.nulls + stats.nans;
+    let unknown = [&*into, &from].iter().any(|stats| stats.bounds == Bounds::None && !is_empty(stats));
     into.values += from.values;
     into.nulls += from.nulls;
     into.nans += from.nans;
     let mine = std::mem::replace(&mut into.bounds, Bounds::None);
+    if unknown {
+        return;
+    }
     into.bounds = match (mine, from.bounds) {
         (Bounds::None, other) | (other, Bounds::None) => other,
         (Bounds::Int(a, b), Bounds::Int(c, d)) => Bounds::Int(a.min(c), b.max(d)),
@@ -515,6 +521,16 @@ mod tests {
         let above = "é".repeat(31) + "ê";
         let expected = Bounds::Text { min: cut, max: above, min_exact: false, max_exact: false };
         check(Arc::new(StringArray::from(vec![long.as_str()])), expected, 0, 0);
+    }
+
+    #[test]
+    fn inv_6_a_text_without_an_upper_bound_leaves_its_chunk_without_bounds() {
+        let schema = Arc::new(Schema::new(vec![Field::new("t", DataType::Utf8, true)]));
+        let last = "\u{10FFFF}".repeat(17);
+        let batches = [last.as_str(), "a"].map(|text| {
+            RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(StringArray::from(vec![text]))]).expect("a batch")
+        });
+        assert_eq!(collect(&schema, &[], &batches)[0].bounds, Bounds::None);
     }
 
     #[test]
