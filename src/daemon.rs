@@ -42,8 +42,17 @@ const FORMAT_VERSION: u32 = 2;
 /// The kernel keeps a dead process's ring files, and so its lock, for a moment.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
+/// What is left out so that the rest can be measured.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bench {
+    /// Batches are decoded and dropped.
+    pub(crate) null_sink: bool,
+    /// Chunks get no statistics.
+    pub(crate) no_index: bool,
+}
+
 /// Runs the daemon until SIGTERM or SIGINT.
-pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
+pub(crate) fn run(config: Config, bench: Bench) -> Result<(), AnyError> {
     let started = Instant::now();
     host::raise_descriptor_limit();
     let (_lock, format) = prepare_data_dir(&config.data_dir)?;
@@ -79,6 +88,7 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
         data_dir: config.data_dir.clone(),
         rule: config.chunk_rule(),
         segment_bytes: config.segment_bytes,
+        index: !bench.no_index,
         prealloc: Arc::new(PreallocBudget::new(config.prealloc_bytes)),
         budget: budget.clone(),
         budget_bytes: config.memory_budget_bytes / config.writers as u64,
@@ -106,7 +116,7 @@ pub(crate) fn run(config: Config, null_sink: bool) -> Result<(), AnyError> {
         stats: Arc::clone(&stats),
         counters,
         disk,
-        null_sink,
+        null_sink: bench.null_sink,
         queries: Arc::new(Semaphore::new(limits::QUERIES_AT_ONCE)),
         control: control.handle().clone(),
         stopping: stopping.clone(),

@@ -1,8 +1,8 @@
 //! The load: the real server as a child process, several DoPut streams of equal blobs, closed loop.
 
 use crate::Arguments;
-use arrow::array::{ArrayRef, BinaryArray, Int64Array, RecordBatch};
-use arrow::datatypes::{DataType, Field, Schema};
+use crate::profile::Profile;
+use arrow::array::RecordBatch;
 use arrow_flight::encode::FlightDataEncoderBuilder;
 use arrow_flight::flight_service_client::FlightServiceClient;
 use arrow_flight::{Action, FlightData, FlightDescriptor};
@@ -12,7 +12,6 @@ use std::error::Error;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::Instant;
 use tonic::transport::Channel;
 
@@ -23,6 +22,18 @@ pub(crate) enum Target {
     Flightbox,
     /// The same front, which decodes and drops.
     NullSink,
+    /// The recorder without statistics and skip index.
+    NoIndex,
+}
+
+impl Target {
+    fn flags(self) -> &'static [&'static str] {
+        match self {
+            Self::Flightbox => &[],
+            Self::NullSink => &["--null-sink"],
+            Self::NoIndex => &["--no-index"],
+        }
+    }
 }
 
 /// One pass.
@@ -34,12 +45,17 @@ pub(crate) struct Outcome {
     pub(crate) info: Value,
 }
 
-struct Server(Child, String);
+/// A running server; ended when dropped.
+#[derive(Debug)]
+pub(crate) struct Server {
+    child: Child,
+    pub(crate) address: String,
+}
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
+        self.child.kill().ok();
+        self.child.wait().ok();
     }
 }
 
@@ -47,50 +63,69 @@ impl Drop for Server {
 pub(crate) fn measure(
     arguments: &Arguments,
     scratch: &Path,
-    blob_bytes: usize,
+    profile: Profile,
     target: Target,
 ) -> Result<Outcome, Box<dyn Error>> {
     let folder = tempfile::tempdir_in(scratch)?;
-    let server = start(&arguments.server, folder.path(), target)?;
+    let server = Server::start(&arguments.server, folder.path(), target.flags())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     crate::rest();
-    runtime.block_on(load(arguments, &server.1, blob_bytes))
+    runtime.block_on(load(arguments, &server.address, profile))
 }
 
-fn start(program: &Path, data: &Path, target: Target) -> Result<Server, Box<dyn Error>> {
-    let mut command = Command::new(program);
-    command.args(["serve", "--listen", "127.0.0.1:0", "--set", "log_format=json", "--data"]).arg(data);
-    if target == Target::NullSink {
-        command.arg("--null-sink");
+impl Server {
+    /// Starts one on a folder.
+    pub(crate) fn start(program: &Path, data: &Path, flags: &[&str]) -> Result<Self, Box<dyn Error>> {
+        let mut command = Command::new(program);
+        command.args(["serve", "--listen", "127.0.0.1:0", "--set", "log_format=json", "--data"]).arg(data).args(flags);
+        let mut child = command.stderr(Stdio::piped()).spawn()?;
+        let log = BufReader::new(child.stderr.take().ok_or("no log")?);
+        let mut lines = log.lines();
+        let address = loop {
+            let line = lines.next().ok_or("the server ended before it was ready")??;
+            let entry: Value = serde_json::from_str(&line).unwrap_or(Value::Null);
+            if entry["fields"]["message"] == "ready" {
+                break entry["fields"]["address"].as_str().unwrap_or("").to_owned();
+            }
+        };
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("server: {line}")));
+        Ok(Self { child, address })
     }
-    let mut child = command.stderr(Stdio::piped()).spawn()?;
-    let log = BufReader::new(child.stderr.take().ok_or("no log")?);
-    let mut lines = log.lines();
-    let address = loop {
-        let line = lines.next().ok_or("the server ended before it was ready")??;
-        let entry: Value = serde_json::from_str(&line).unwrap_or(Value::Null);
-        if entry["fields"]["message"] == "ready" {
-            break entry["fields"]["address"].as_str().unwrap_or("").to_owned();
-        }
-    };
-    std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("server: {line}")));
-    Ok(Server(child, address))
+
+    /// Resident memory now, and at most so far, in bytes.
+    pub(crate) fn memory(&self) -> Result<(u64, u64), Box<dyn Error>> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let bytes = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).map_or(0, |kib| kib << 10)
+        };
+        Ok((bytes("VmRSS:"), bytes("VmHWM:")))
+    }
 }
 
-type Client = FlightServiceClient<Channel>;
+pub(crate) type Client = FlightServiceClient<Channel>;
 
-async fn load(arguments: &Arguments, address: &str, blob_bytes: usize) -> Result<Outcome, Box<dyn Error>> {
+/// A client on a connection of its own.
+pub(crate) async fn connect(address: &str) -> Result<Client, Box<dyn Error>> {
     let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}"))?;
-    let mut client = FlightServiceClient::new(endpoint.connect().await?).max_encoding_message_size(usize::MAX);
+    let client = FlightServiceClient::new(endpoint.connect().await?);
+    Ok(client.max_encoding_message_size(usize::MAX).max_decoding_message_size(usize::MAX))
+}
+
+async fn load(arguments: &Arguments, address: &str, profile: Profile) -> Result<Outcome, Box<dyn Error>> {
+    let mut client = connect(address).await?;
+    let batch = profile.batch()?;
+    let message_bytes = profile.data_bytes(&batch);
     let sequence = action(&mut client, "sequence_create", json!({ "name": "bench", "user_metadata": {} })).await?;
-    let per_stream = (arguments.mib << 20) / arguments.streams as u64 / blob_bytes as u64;
+    let per_stream = ((arguments.mib << 20) / arguments.streams as u64 / message_bytes).max(1);
     let mut uploads = Vec::new();
     for index in 0..arguments.streams {
         let name = format!("bench/cam{index}");
-        let body = json!({ "sequence_key": sequence["key"], "name": name, "serialization_format": "image",
-            "ontology_tag": "image", "user_metadata": {} });
+        let (format, tag) = profile.format_and_tag();
+        let body = json!({ "sequence_key": sequence["key"], "name": name, "serialization_format": format,
+            "ontology_tag": tag, "user_metadata": {} });
         let topic = action(&mut client, "topic_create", body).await?;
-        let messages = messages(&name, topic["key"].as_str().ok_or("no key")?, blob_bytes).await?;
+        let messages = messages(&name, topic["key"].as_str().ok_or("no key")?, &batch).await?;
         uploads.push((messages, client.clone()));
     }
     let started = Instant::now();
@@ -109,12 +144,13 @@ async fn load(arguments: &Arguments, address: &str, blob_bytes: usize) -> Result
         task.await??;
     }
     let seconds = started.elapsed().as_secs_f64();
-    let bytes = per_stream * arguments.streams as u64 * blob_bytes as u64;
+    let bytes = per_stream * arguments.streams as u64 * message_bytes;
     let info = action(&mut client, "info", json!({ "flightbox": true })).await?["flightbox"].clone();
     Ok(Outcome { mib_s: (bytes >> 20) as f64 / seconds, info })
 }
 
-async fn action(client: &mut Client, name: &str, body: Value) -> Result<Value, Box<dyn Error>> {
+/// Runs an action; returns its payload.
+pub(crate) async fn action(client: &mut Client, name: &str, body: Value) -> Result<Value, Box<dyn Error>> {
     let action = Action { r#type: name.to_owned(), body: body.to_string().into() };
     let result = client.do_action(action).await?.into_inner().message().await?.ok_or("no answer")?;
     let envelope: Value = serde_json::from_slice(&result.body)?;
@@ -122,21 +158,13 @@ async fn action(client: &mut Client, name: &str, body: Value) -> Result<Value, B
 }
 
 /// The first message and one batch, encoded once: making the data is not what is measured.
-async fn messages(name: &str, key: &str, blob_bytes: usize) -> Result<(FlightData, FlightData), Box<dyn Error>> {
-    let schema = Arc::new(Schema::new(vec![
-        Field::new("timestamp_ns", DataType::Int64, false),
-        Field::new("data", DataType::Binary, false),
-    ]));
-    let blob: Vec<u8> = (0..blob_bytes).map(|index| (index * 31 % 251) as u8).collect();
-    let columns: Vec<ArrayRef> =
-        vec![Arc::new(Int64Array::from(vec![1])), Arc::new(BinaryArray::from_iter_values([blob]))];
-    let batch = RecordBatch::try_new(Arc::clone(&schema), columns)?;
+async fn messages(name: &str, key: &str, batch: &RecordBatch) -> Result<(FlightData, FlightData), Box<dyn Error>> {
     let descriptor = FlightDescriptor::new_cmd(json!({ "topic": { "name": name, "key": key } }).to_string());
     let encoded: Vec<_> = FlightDataEncoderBuilder::new()
-        .with_schema(schema)
+        .with_schema(batch.schema())
         .with_flight_descriptor(Some(descriptor))
         .with_max_flight_data_size(usize::MAX)
-        .build(stream::iter([Ok(batch)]))
+        .build(stream::iter([Ok(batch.clone())]))
         .collect()
         .await;
     let mut encoded = encoded.into_iter();

@@ -1,14 +1,18 @@
 //! Measures flightbox beside its limits, in one run: numbers of shared machines mean nothing alone.
 //!
-//! `image`: DoPut of 8 MiB blobs, closed loop, against a null sink (the same front, which decodes and
-//! drops) and the raw disk (aligned direct writes through the same ring). Leaves a dated folder under
+//! `image`: DoPut of 8 MiB blobs, and `imu`: of IMU rows, 20,000 a batch, also without the index; closed loop, against a null sink (the same front, which decodes and
+//! drops) and the raw disk (aligned direct writes through the same ring). `query`: questions over catalogs of
+//! up to 1,000,000 chunks. Leaves a dated folder under
 //! `bench/runs/` with machine facts, raw CSV and a summary; PERF.md quotes only these.
 
 mod disk;
 mod load;
+mod profile;
 mod report;
+mod scale;
 
 use clap::Parser;
+use profile::Profile;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -19,7 +23,7 @@ struct Arguments {
     /// The flightbox program.
     #[arg(long)]
     server: PathBuf,
-    /// Profile to run.
+    /// Profile to run: image, imu or query.
     #[arg(default_value = "image")]
     profile: String,
     /// Bytes sent in each pass, in MiB.
@@ -57,13 +61,18 @@ fn rest() {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
-    let blob_bytes = match arguments.profile.as_str() {
-        "image" => 8 << 20,
-        other => return Err(format!("there is no profile {other:?}; known: image").into()),
-    };
     let scratch = match &arguments.scratch {
         Some(dir) => dir.clone(),
         None => arguments.server.parent().ok_or("--server has no folder")?.to_owned(),
+    };
+    let profile = match arguments.profile.as_str() {
+        "image" => Profile::Image,
+        "imu" => Profile::Imu,
+        "query" => {
+            let sizes = [10_000, 100_000, 1_000_000];
+            return scale::run(&arguments.server, &scratch, &arguments.out, &sizes);
+        }
+        other => return Err(format!("there is no profile {other:?}; known: image, imu, query").into()),
     };
     let mut report = report::Report::new(&arguments.profile, arguments.mib, arguments.streams);
     for pass in 0..arguments.passes {
@@ -72,9 +81,13 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         report.add(pass, "disk", disk.plain_mib_s);
         report.add(pass, "disk_sync_16mib", disk.synced_mib_s);
         report.add(pass, "disk_dsync_1mib", disk.dsync_mib_s);
-        let sink = load::measure(arguments, &scratch, blob_bytes, load::Target::NullSink)?;
+        let sink = load::measure(arguments, &scratch, profile, load::Target::NullSink)?;
         report.add(pass, "null_sink", sink.mib_s);
-        let put = load::measure(arguments, &scratch, blob_bytes, load::Target::Flightbox)?;
+        if profile == Profile::Imu {
+            let without = load::measure(arguments, &scratch, profile, load::Target::NoIndex)?;
+            report.add(pass, "no_index", without.mib_s);
+        }
+        let put = load::measure(arguments, &scratch, profile, load::Target::Flightbox)?;
         report.add(pass, "flightbox", put.mib_s);
         report.stations = put.info;
     }

@@ -12,6 +12,7 @@ mod serve;
 
 use crate::config::raw::Raw;
 use crate::config::{Config, ConfigError};
+use crate::daemon::Bench;
 use crate::host;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -38,6 +39,9 @@ enum Command {
         /// For `./x bench` only: decode and drop everything; nothing is stored or acknowledged.
         #[arg(long, hide = true)]
         null_sink: bool,
+        /// For `./x bench` only: no statistics, no skip index; queries read everything.
+        #[arg(long, hide = true)]
+        no_index: bool,
     },
     /// Show the state of a running recorder.
     Info {
@@ -161,7 +165,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 /// Parses the command line and runs the command.
 pub(crate) fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
     match Cli::parse().command {
-        Command::Serve { settings, null_sink } => serve::run(settings.load()?, null_sink),
+        Command::Serve { settings, null_sink, no_index } => serve::run(settings.load()?, Bench { null_sink, no_index }),
         Command::Info { settings, json } => info::run(&settings.load()?, json),
         Command::Doctor(settings) => doctor::run(&settings.load()?),
         Command::Ls { settings, pattern, json } => list::ls(&settings.load()?, pattern.as_deref(), json),

@@ -1,12 +1,12 @@
 //! `flightbox serve`: logs, then the daemon.
 
 use crate::config::Config;
-use crate::daemon;
+use crate::daemon::{self, Bench};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
-pub(super) fn run(config: Config, null_sink: bool) -> Result<ExitCode, Box<dyn std::error::Error>> {
+pub(super) fn run(config: Config, bench: Bench) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let filter = EnvFilter::try_new(&config.log_level)?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -17,6 +17,6 @@ pub(super) fn run(config: Config, null_sink: bool) -> Result<ExitCode, Box<dyn s
     } else {
         log.with_target(false).init();
     }
-    daemon::run(config, null_sink)?;
+    daemon::run(config, bench)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -58,6 +58,7 @@ pub(crate) struct Context {
     pub(crate) data_dir: PathBuf,
     pub(crate) rule: ChunkRule,
     pub(crate) segment_bytes: u64,
+    pub(crate) index: bool,
     pub(crate) prealloc: Arc<PreallocBudget>,
     pub(crate) budget: Budget,
     pub(crate) budget_bytes: u64,
@@ -88,6 +89,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
     let shared = Shared {
         data_dir: context.data_dir.clone(),
         segment_bytes: context.segment_bytes,
+        index: context.index,
         prealloc: Arc::clone(&context.prealloc),
         counters: Arc::clone(&context.counters),
         encode_slice: limits::ENCODE_SLICE,

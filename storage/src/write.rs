@@ -36,6 +36,8 @@ pub struct Shared {
     pub data_dir: PathBuf,
     /// Size at which a segment is full.
     pub segment_bytes: u64,
+    /// Whether chunks get statistics; only measurements go without.
+    pub index: bool,
     /// Most that may be preallocated and unused, over all segments of the program.
     pub prealloc: Arc<PreallocBudget>,
     /// Bytes by kind.
@@ -244,16 +246,8 @@ impl<D: Disk> SegmentWriter<D> {
         let padded = trailer.record.padded_length;
         current.write_at = start + padded;
         shared.prealloc.give_back(padded.min(current.allocated.saturating_sub(start)));
-        let mut collector = stats::Collector::new(&schema.stored, encoder.derived());
-        let mut slice = Instant::now();
-        for batch in &chunk.batches {
-            collector.add(batch);
-            if slice.elapsed() >= shared.encode_slice {
-                disk.breathe().await;
-                slice = Instant::now();
-            }
-        }
-        let skip = SkipRecord { fields: collector.finish() };
+        let fields = if shared.index { statistics(disk, shared, schema, encoder, chunk).await } else { Vec::new() };
+        let skip = SkipRecord { fields };
         let segment = SegmentRecord {
             no: current.no,
             id: current.id,
@@ -302,6 +296,26 @@ impl<D: Disk> SegmentWriter<D> {
             });
         }
     }
+}
+
+/// The typed statistics of a chunk, gathered batch by batch.
+async fn statistics<D: Disk>(
+    disk: &D,
+    shared: &Shared,
+    schema: &TopicSchema,
+    encoder: &TopicEncoder,
+    chunk: &ChunkRows,
+) -> Vec<stats::FieldStats> {
+    let mut collector = stats::Collector::new(&schema.stored, encoder.derived());
+    let mut slice = Instant::now();
+    for batch in &chunk.batches {
+        collector.add(batch);
+        if slice.elapsed() >= shared.encode_slice {
+            disk.breathe().await;
+            slice = Instant::now();
+        }
+    }
+    collector.finish()
 }
 
 async fn preallocate<D: Disk>(disk: &D, shared: &Shared, current: &mut Current<D::File>, data_bytes: u64) {
@@ -623,6 +637,7 @@ mod tests {
             let shared = Shared {
                 data_dir: PathBuf::from("/nowhere"),
                 segment_bytes: 256 << 20,
+                index: true,
                 prealloc: Arc::new(PreallocBudget::new(0)),
                 counters: IoCounters::shared(),
                 // Never by time: only the count is under test.

@@ -269,6 +269,10 @@ pub fn plan_fold(look: &impl Look, topic: TopicNo, ontology: &Ontology, everythi
             .iter()
             .map(|row| look.skip(topic, *row)?.ok_or(StorageError::Gone))
             .collect::<Result<Vec<SkipRecord>>>()?;
+        // Written without statistics: there is nothing to pack.
+        if records.iter().any(|record| record.fields.is_empty()) {
+            return Ok(None);
+        }
         blocks.extend(pack_columns(topic, ontology, first_chunk, &records)?);
     }
     Ok(Some(Fold { topic, before, marks, blocks, rows: (*first, *last) }))
