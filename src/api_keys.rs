@@ -3,8 +3,9 @@
 //! Form of a token (protocol.md 2.7): `msco_` + 32 of `[a-z0-9]`, letters and digits, + `_` + 8 hex
 //! digits, the fingerprint, which are the start of the SHA-256 of the 32. Keys are not enforced yet.
 
-use crate::lifecycle::{Lifecycle, LifecycleError, now_ns};
+use crate::lifecycle::{Lifecycle, LifecycleError};
 use crate::limits;
+use crate::when::now_ns;
 use sha2::{Digest, Sha256};
 use storage::catalog::Look;
 use storage::catalog::keys::Family;

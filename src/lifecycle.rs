@@ -10,16 +10,16 @@ use crate::ingest::committer::{CommitHandle, End, Live, Watermark};
 use crate::ingest::steward::StewardHandle;
 use crate::ingest::writer::{Message, WriterHandles};
 use crate::limits;
-use crate::ontology::Registry;
+use crate::ontology::{Registry, RegistryError};
+use crate::when::now_ns;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 use storage::StorageError;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::{DeletionRecord, SequenceRecord, SessionRecord, TopicOntology, TopicRecord};
 use storage::catalog::{Catalog, Look, Txn};
 use storage::chunk::{Compression, Format, TopicEncoder};
 use storage::ids::{SequenceId, SessionId, TopicId, TopicNo};
-use storage::ontology::{Difference, Origin};
+use storage::ontology::Origin;
 use storage::read::Loader;
 use storage::schema::TopicSchema;
 use tokio::sync::{oneshot, watch};
@@ -47,10 +47,8 @@ pub(crate) enum LifecycleError {
          a new DoPut would append to or overwrite them; abort and record it again under a new topic"
     )]
     HasRows { topic: String, rows: u64, batches: u64 },
-    #[error("the ontology tag `{tag}` is not registered, and this server takes registered ones only: {remedy}")]
-    UnknownOntology { tag: String, remedy: String },
-    #[error("the schema is none of ontology `{tag}`: {difference} (version {version}); register it or send that one")]
-    OtherSchema { tag: String, version: u32, difference: Difference },
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     #[error("{what} are at their limit of {most}; {remedy}")]
     Full { what: &'static str, most: usize, remedy: &'static str },
     #[error("{key} = {value:?}: {why}")]
@@ -60,12 +58,6 @@ pub(crate) enum LifecycleError {
 }
 
 type Result<T> = std::result::Result<T, LifecycleError>;
-
-/// Nanoseconds since 1970.
-pub(crate) fn now_ns() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
-}
 
 /// A locator taken apart: sequence, and topic path if there is one.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,8 +2,9 @@
 //!
 //! Guarantees: a notification disappears with the thing it is on (INV-4); both are bounded.
 
-use crate::lifecycle::{Lifecycle, LifecycleError, find_sequence, find_topic, now_ns, shorten};
+use crate::lifecycle::{Lifecycle, LifecycleError, find_sequence, find_topic, shorten};
 use crate::limits;
+use crate::when::now_ns;
 use storage::catalog::Look;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::NotificationRecord;

@@ -7,15 +7,30 @@
 
 use crate::config::OntologyMode;
 use crate::ingest::committer::CommitHandle;
-use crate::lifecycle::{LifecycleError, now_ns};
 use crate::limits;
+use crate::when::now_ns;
 use arrow::datatypes::SchemaRef;
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use storage::StorageError;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::{Catalog, Look, Txn};
-use storage::ontology::{Ontology, Origin, Relation, builtin, relate};
+use storage::ontology::{Difference, Ontology, Origin, Relation, builtin, relate};
+
+/// Why a schema is not taken.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum RegistryError {
+    #[error("the ontology tag `{tag}` is not registered, and this server takes registered ones only: {remedy}")]
+    Unknown { tag: String, remedy: String },
+    #[error("the schema is none of ontology `{tag}`: {difference} (version {version}); register it or send that one")]
+    OtherSchema { tag: String, version: u32, difference: Difference },
+    #[error("the schema of ontology `{tag}` has {bytes} bytes, over the limit of {most}")]
+    TooLarge { tag: String, bytes: usize, most: usize },
+    #[error("the registry is full: its schemas have {most} bytes; use registered tags, or set ontology = \"strict\"")]
+    Full { most: usize },
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
 
 /// All versions by tag, oldest first.
 type Versions = BTreeMap<String, Vec<Arc<Ontology>>>;
@@ -33,7 +48,7 @@ impl Registry {
         catalog: &Catalog,
         committer: &CommitHandle,
         mode: OntologyMode,
-    ) -> Result<Arc<Self>, LifecycleError> {
+    ) -> Result<Arc<Self>, RegistryError> {
         let mut versions = Versions::new();
         for record in catalog.ontologies()? {
             let ontology = Arc::new(Ontology::load(record)?);
@@ -49,7 +64,7 @@ impl Registry {
                     for ontology in shipped {
                         into.add(txn, ontology)?;
                     }
-                    Ok::<_, LifecycleError>(())
+                    Ok::<_, RegistryError>(())
                 })
                 .await?;
         }
@@ -57,12 +72,11 @@ impl Registry {
     }
 
     /// A schema on its way to the registry: what takes time is done here, outside of the committer.
-    pub(crate) fn offer(tag: &str, wire: &SchemaRef, origin: Origin) -> Result<Ontology, LifecycleError> {
+    pub(crate) fn offer(tag: &str, wire: &SchemaRef, origin: Origin) -> Result<Ontology, RegistryError> {
         let offered = Ontology::new(tag, 0, origin, now_ns(), Arc::clone(wire))?;
         if offered.record.schema.len() > limits::ONTOLOGY_BYTES_MAX {
             let most = limits::ONTOLOGY_BYTES_MAX;
-            let why = format!("its schema has {} bytes, over the limit of {most}", offered.record.schema.len());
-            return Err(LifecycleError::Invalid { key: "ontology_tag", value: tag.to_owned(), why });
+            return Err(RegistryError::TooLarge { tag: tag.to_owned(), bytes: offered.record.schema.len(), most });
         }
         Ok(offered)
     }
@@ -73,20 +87,20 @@ impl Registry {
         &self,
         txn: &mut Txn<'_>,
         offered: Ontology,
-    ) -> Result<(Arc<Ontology>, Option<String>), LifecycleError> {
+    ) -> Result<(Arc<Ontology>, Option<String>), RegistryError> {
         let tag = offered.record.tag.clone();
         if self.mode == OntologyMode::Strict && self.same(&offered).is_none() {
             let newest = self.get(&tag, None);
             return Err(match newest.map(|newest| (newest.record.version, relate(&newest.wire, &offered.wire))) {
                 Some((version, Relation::Changed { difference } | Relation::Compatible { difference })) => {
-                    LifecycleError::OtherSchema { tag, version, difference }
+                    RegistryError::OtherSchema { tag, version, difference }
                 }
                 Some((_, Relation::Same)) | None => {
                     let remedy = match self.nearest(&tag) {
                         Some(near) => format!("did you mean `{near}`? Or add it by `flightbox ontology add`"),
                         None => "add it by `flightbox ontology add`".to_owned(),
                     };
-                    LifecycleError::UnknownOntology { tag, remedy }
+                    RegistryError::Unknown { tag, remedy }
                 }
             });
         }
@@ -98,7 +112,7 @@ impl Registry {
         &self,
         txn: &mut Txn<'_>,
         offered: Ontology,
-    ) -> Result<(Arc<Ontology>, Option<String>), LifecycleError> {
+    ) -> Result<(Arc<Ontology>, Option<String>), RegistryError> {
         let newest = self.get(&offered.record.tag, None);
         let changed =
             newest.filter(|newest| newest.fingerprint != offered.fingerprint).and_then(|newest| {
@@ -114,19 +128,18 @@ impl Registry {
     }
 
     /// Registers a schema; the version that is there already if it is the same.
-    pub(crate) fn register(&self, txn: &mut Txn<'_>, offered: Ontology) -> Result<Arc<Ontology>, LifecycleError> {
+    pub(crate) fn register(&self, txn: &mut Txn<'_>, offered: Ontology) -> Result<Arc<Ontology>, RegistryError> {
         match self.same(&offered) {
             Some(known) => Ok(known),
             None => self.add(txn, offered),
         }
     }
 
-    fn add(&self, txn: &mut Txn<'_>, mut offered: Ontology) -> Result<Arc<Ontology>, LifecycleError> {
+    fn add(&self, txn: &mut Txn<'_>, mut offered: Ontology) -> Result<Arc<Ontology>, RegistryError> {
         let mut all = self.versions.write().unwrap_or_else(PoisonError::into_inner);
         let bytes: usize = all.values().flatten().map(|known| known.record.schema.len()).sum();
         if bytes + offered.record.schema.len() > limits::REGISTRY_BYTES_MAX {
-            let remedy = "use registered tags, or set ontology = \"strict\"";
-            return Err(LifecycleError::Full { what: "bytes of schemas", most: limits::REGISTRY_BYTES_MAX, remedy });
+            return Err(RegistryError::Full { most: limits::REGISTRY_BYTES_MAX });
         }
         let versions = all.entry(offered.record.tag.clone()).or_default();
         offered.record.version = versions.last().map_or(1, |last| last.record.version + 1);
@@ -197,15 +210,6 @@ fn distance(a: &str, b: &str) -> usize {
         }
     }
     row[b.len()]
-}
-
-impl From<LifecycleError> for StorageError {
-    fn from(error: LifecycleError) -> Self {
-        match error {
-            LifecycleError::Storage(error) => error,
-            other => Self::Directory(other.to_string()),
-        }
-    }
 }
 
 #[cfg(test)]

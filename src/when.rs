@@ -1,7 +1,15 @@
-//! Times and durations as people write and read them: nanoseconds since 1970, UTC. Pure.
+//! Times and durations as people write and read them: nanoseconds since 1970, UTC.
 //! Days and dates by Howard Hinnant's `civil_from_days` and `days_from_civil`.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 const SECOND_NS: i64 = 1_000_000_000;
+
+/// Now.
+pub(crate) fn now_ns() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
 
 /// `YYYY-MM-DD HH:MM:SS.mmm`.
 pub(crate) fn show(ns: i64) -> String {

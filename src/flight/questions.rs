@@ -3,7 +3,7 @@
 
 use crate::flight::dialect::{Connection, Dialect};
 use crate::flight::service::Shared;
-use crate::flight::status::{invalid, of_storage};
+use crate::flight::status::{invalid, of_registry, of_storage};
 use crate::lifecycle::{Locator, find_topic};
 use crate::ontology::Registry;
 use crate::query::engine::{Answer, Cost, Engine, Hit};
@@ -303,7 +303,8 @@ pub(crate) async fn ontology_register(shared: &Shared, fields: &Fields) -> Resul
     };
     storage::schema::TopicSchema::check(Arc::clone(&wire)).map_err(|error| of_storage(&error))?;
     let registry = Arc::clone(&shared.lifecycle.registry);
-    let offered = Registry::offer(&tag, &wire, Origin::Registered)?;
-    let registered = shared.lifecycle.committer.change(move |txn, _| registry.register(txn, offered)).await?;
+    let offered = Registry::offer(&tag, &wire, Origin::Registered).map_err(|error| of_registry(&error))?;
+    let registering = shared.lifecycle.committer.change(move |txn, _| registry.register(txn, offered));
+    let registered = registering.await.map_err(|error| of_registry(&error))?;
     Ok(full(&registered))
 }

@@ -1,6 +1,7 @@
 //! Errors to gRPC codes, in one exhaustive table: a new variant must choose.
 
 use crate::lifecycle::LifecycleError;
+use crate::ontology::RegistryError;
 use storage::StorageError;
 use tonic::{Code, Status};
 
@@ -15,10 +16,21 @@ pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
         | LifecycleError::Busy { .. }
         | LifecycleError::HasRows { .. } => Code::FailedPrecondition,
         LifecycleError::Full { .. } => Code::ResourceExhausted,
-        LifecycleError::UnknownOntology { .. }
-        | LifecycleError::OtherSchema { .. }
-        | LifecycleError::Invalid { .. } => Code::InvalidArgument,
+        LifecycleError::Invalid { .. } => Code::InvalidArgument,
+        LifecycleError::Registry(error) => return of_registry(error),
         LifecycleError::Storage(error) => return of_storage(error),
+    };
+    Status::new(code, error.to_string())
+}
+
+/// The status of a schema that is not taken.
+pub(crate) fn of_registry(error: &RegistryError) -> Status {
+    let code = match error {
+        RegistryError::Unknown { .. } | RegistryError::OtherSchema { .. } | RegistryError::TooLarge { .. } => {
+            Code::InvalidArgument
+        }
+        RegistryError::Full { .. } => Code::ResourceExhausted,
+        RegistryError::Storage(error) => return of_storage(error),
     };
     Status::new(code, error.to_string())
 }

@@ -324,7 +324,7 @@ fn write_end(txn: &mut Txn<'_>, topic: TopicNo, totals: &TopicTotals, end: Optio
     txn.put(Family::Topics, keys::topic_totals(topic), totals)?;
     if end == Some(End::Lock) {
         let mut record = txn.topic(topic)?.ok_or(StorageError::Gone)?;
-        record.completed_at_ns = Some(crate::lifecycle::now_ns());
+        record.completed_at_ns = Some(crate::when::now_ns());
         txn.put(Family::Topics, keys::topic(topic), &record)?;
     }
     Ok(())
