@@ -107,7 +107,12 @@ pub(crate) fn run(config: Config, bench: Bench) -> Result<(), AnyError> {
         loader,
         compression: config.compression,
         registry,
+        data_dir: config.data_dir.clone(),
     };
+    if config.seal_on_restart {
+        let finalized = front.block_on(lifecycle.finalize_interrupted())?;
+        tracing::info!(sessions = finalized, "interrupted recordings finalized as they are (on_restart = seal)");
+    }
     let (stop, stopping) = watch::channel(false);
     let shared = Arc::new(Shared {
         config,

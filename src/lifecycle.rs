@@ -8,19 +8,25 @@
 
 use crate::ingest::committer::{CommitHandle, End, Live, Watermark};
 use crate::ingest::steward::StewardHandle;
+use crate::ingest::topic::Start;
 use crate::ingest::writer::{Message, WriterHandles};
 use crate::limits;
+use crate::notes::Subject;
 use crate::ontology::{Registry, RegistryError};
 use crate::when::now_ns;
+use arrow::datatypes::SchemaRef;
+use std::path::PathBuf;
 use std::sync::Arc;
 use storage::StorageError;
 use storage::catalog::keys::{self, Family};
-use storage::catalog::records::{DeletionRecord, SequenceRecord, SessionRecord, TopicOntology, TopicRecord};
+use storage::catalog::records::{
+    DeletionRecord, PartialRecord, SequenceRecord, SessionRecord, TopicOntology, TopicRecord, TopicTotals,
+};
 use storage::catalog::{Catalog, Look, Txn};
-use storage::chunk::{Compression, Format, TopicEncoder};
+use storage::chunk::{BatchMark, Compression, Format, TopicEncoder};
 use storage::ids::{SequenceId, SessionId, TopicId, TopicNo};
-use storage::ontology::Origin;
-use storage::read::Loader;
+use storage::ontology::{Difference, Origin, Relation, relate};
+use storage::read::{Loader, TopicView};
 use storage::schema::TopicSchema;
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
@@ -44,9 +50,21 @@ pub(crate) enum LifecycleError {
     Busy { topic: String },
     #[error(
         "topic `{topic}` already has {rows} durable rows in {batches} batches from an earlier DoPut: \
-         a new DoPut would append to or overwrite them; abort and record it again under a new topic"
+         go on with \"resume_from\": {batches} in the descriptor, finalize with \"accept_partial\": true, or abort"
     )]
     HasRows { topic: String, rows: u64, batches: u64 },
+    #[error(
+        "topic `{topic}` has {batches} durable batches ({rows} rows), and the stream begins with batch {resume_from}: \
+         the batches between would be missing; resume from {batches} or before"
+    )]
+    Gap { topic: String, resume_from: u64, rows: u64, batches: u64 },
+    #[error(
+        "batch {batch} of topic `{topic}` is durable with {durable} rows, and the one sent again differs from it \
+         ({found} rows); batches are sent again as they were, or from batch {batches} (row {rows}) on"
+    )]
+    OtherBatch { topic: String, batch: u64, durable: u32, found: u32, batches: u64, rows: u64 },
+    #[error("topic `{topic}` was begun with another schema: {difference}; resume with the schema of its first DoPut")]
+    OtherUpload { topic: String, difference: Difference },
     #[error(transparent)]
     Registry(#[from] RegistryError),
     #[error("{what} are at their limit of {most}; {remedy}")]
@@ -184,6 +202,75 @@ pub(crate) struct Upload {
     pub(crate) topic: TopicRecord,
     pub(crate) schema: Arc<TopicSchema>,
     pub(crate) watermark: watch::Receiver<Watermark>,
+    /// Number of the first batch that comes.
+    pub(crate) first_batch: u64,
+    /// What was durable when it was opened.
+    pub(crate) durable: TopicTotals,
+    /// What was durable, to compare batches that are sent again with.
+    view: Option<Arc<TopicView>>,
+}
+
+/// Compares batches that are sent again with those that are durable, chunk by chunk.
+pub(crate) struct Overlap {
+    view: Option<Arc<TopicView>>,
+    topic: String,
+    totals: TopicTotals,
+    /// Marks of the chunk, or tail, compared last, and the number of its first batch.
+    marks: (u64, Vec<BatchMark>),
+}
+
+impl Upload {
+    /// For the batches below what is durable.
+    pub(crate) fn overlap(&self) -> Overlap {
+        Overlap {
+            view: self.view.clone(),
+            topic: self.topic.locator.clone(),
+            totals: self.durable,
+            marks: (0, Vec::new()),
+        }
+    }
+}
+
+impl Overlap {
+    /// Checks that a batch is the durable one of its number.
+    pub(crate) async fn check(&mut self, loader: &Loader, batch: u64, sent: BatchMark) -> Result<()> {
+        let durable = match self.mark(batch) {
+            Some(mark) => mark,
+            None => {
+                self.load(loader, batch).await?;
+                self.mark(batch).ok_or(StorageError::Gone)?
+            }
+        };
+        if durable == sent {
+            return Ok(());
+        }
+        Err(LifecycleError::OtherBatch {
+            topic: self.topic.clone(),
+            batch,
+            durable: durable.rows,
+            found: sent.rows,
+            batches: self.totals.batches,
+            rows: self.totals.rows,
+        })
+    }
+
+    fn mark(&self, batch: u64) -> Option<BatchMark> {
+        let at = usize::try_from(batch.checked_sub(self.marks.0)?).ok()?;
+        self.marks.1.get(at).copied()
+    }
+
+    async fn load(&mut self, loader: &Loader, batch: u64) -> Result<()> {
+        let view = self.view.clone().ok_or(StorageError::Gone)?;
+        let chunk = view.chunks().iter().find(|chunk| (chunk.first_batch..chunk.end_batch).contains(&batch));
+        self.marks = match chunk {
+            Some(chunk) => (chunk.first_batch, loader.marks(&view, chunk).await?),
+            None => {
+                let first = self.totals.chunk_batches;
+                (first, view.tail().iter().flat_map(|run| run.marks.iter().copied()).collect())
+            }
+        };
+        Ok(())
+    }
 }
 
 /// The calls. Cheap to clone.
@@ -196,6 +283,7 @@ pub(crate) struct Lifecycle {
     pub(crate) loader: Loader,
     pub(crate) compression: Compression,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) data_dir: PathBuf,
 }
 
 /// What a deletion took away.
@@ -295,44 +383,98 @@ impl Lifecycle {
             .await
     }
 
-    /// Opens a topic for its DoPut and tells its writer.
+    /// Opens a topic for its DoPut and tells its writer. `resume_from`: the number of the first batch that
+    /// comes, for a topic that has durable batches.
     pub(crate) async fn open_upload(
         &self,
         locator: String,
         key: TopicId,
         schema: Arc<TopicSchema>,
-        message: Vec<u8>,
+        resume_from: Option<u64>,
     ) -> Result<Upload> {
         let found = find_topic(&self.catalog, &locator)?;
-        // Before the topic is opened: once it is open, nothing may fail any more.
+        // Before the topic is opened: once it is open, nothing of this may fail any more.
         let encoder = TopicEncoder::new(&schema.stored, found.format, self.compression)?;
         let registry = Arc::clone(&self.registry);
         let offered = Registry::offer(&found.ontology_tag, &schema.wire, Origin::FirstUse)?;
         let (watermark, receiver) = watch::channel(Watermark::default());
         let watermark = Arc::new(watermark);
         let for_committer = Arc::clone(&watermark);
-        let (topic, ontology) = self
+        let wire = Arc::clone(&schema.wire);
+        let (topic, ontology, totals) = self
             .committer
             .change(move |txn, live| {
-                let topic = check_upload(txn, live, &locator, key)?;
+                let (topic, totals) = check_upload(txn, live, &locator, key, resume_from)?;
+                let begun = if totals.batches > 0 { txn.topic_schema(topic.no)? } else { None };
                 let (ontology, note) = registry.admit(txn, offered)?;
-                if !live.open(topic.no, for_committer) {
+                match begun {
+                    Some(message) => check_same_upload(&locator, &message, &wire)?,
+                    None => {
+                        let message = storage::schema::to_ipc(&wire);
+                        txn.put_bytes(Family::Topics, keys::topic_schema(topic.no), message);
+                        let of_topic = TopicOntology { version: ontology.record.version, note };
+                        txn.put(Family::Topics, keys::topic_ontology(topic.no), &of_topic)?;
+                    }
+                }
+                let tail = txn.tail(topic.no, totals.chunk_batches)?.iter().map(|run| run.data_bytes).sum();
+                if !live.open(topic.no, for_committer, totals, tail) {
                     return Err(LifecycleError::Busy { topic: locator });
                 }
-                txn.put_bytes(Family::Topics, keys::topic_schema(topic.no), message);
-                let of_topic = TopicOntology { version: ontology.record.version, note };
-                txn.put(Family::Topics, keys::topic_ontology(topic.no), &of_topic)?;
-                Ok::<_, LifecycleError>((topic, ontology))
+                Ok::<_, LifecycleError>((topic, ontology, totals))
             })
             .await?;
+        // From here on nobody else writes the topic: what is durable of it stands still.
+        watermark.send_modify(|mark| {
+            (mark.rows, mark.batches, mark.bytes) = (totals.rows, totals.batches, totals.data_bytes);
+        });
+        let begun = self.begun(&topic, &schema);
+        let (start, view) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                let no = topic.no;
+                self.committer.change(move |_, live| Ok::<_, LifecycleError>(live.close(no))).await?;
+                return Err(error);
+            }
+        };
         let open = Message::Open {
             topic: Box::new(topic.clone()),
             schema: Arc::clone(&schema),
             encoder: Box::new(encoder.with_index(ontology.record.derived.clone())),
             watermark,
+            start: Box::new(start),
         };
         self.writers.of(topic.no).send(open).await.map_err(|_| StorageError::Gone)?;
-        Ok(Upload { topic, schema, watermark: receiver })
+        let first_batch = resume_from.unwrap_or(0);
+        Ok(Upload { topic, schema, watermark: receiver, first_batch, durable: totals, view })
+    }
+
+    /// What an upload goes on from: the tail, which joins its first chunk, and where the files end.
+    fn begun(&self, topic: &TopicRecord, schema: &TopicSchema) -> Result<(Start, Option<Arc<TopicView>>)> {
+        let catalog = self.catalog.view();
+        let totals = catalog.totals(topic.no)?;
+        let segments = catalog.segments(topic.no)?;
+        let mut start = Start {
+            next: (totals.chunk_batches, totals.chunk_rows),
+            segment: segments.iter().map(|segment| segment.no + 1).max().unwrap_or(0),
+            ..Start::default()
+        };
+        if totals.batches == 0 {
+            return Ok((start, None));
+        }
+        let view = TopicView::load(&catalog, &self.data_dir, topic.clone())?.ok_or(StorageError::Gone)?;
+        for run in view.tail() {
+            let rows = run.unpack(&schema.stored)?;
+            if rows.num_rows() > 0 {
+                start.tail.push(rows);
+            }
+            start.marks.extend(&run.marks);
+            start.tail_bytes += run.data_bytes;
+            start.tail_time = match (start.tail_time, run.time) {
+                (Some((a, b)), Some((c, d))) => Some((a.min(c), b.max(d))),
+                (one, other) => one.or(other),
+            };
+        }
+        Ok((start, Some(Arc::new(view))))
     }
 
     /// Ends an upload and waits until everything of it is durable.
@@ -344,7 +486,12 @@ impl Lifecycle {
     }
 
     /// v0: locks a sequence whose topics are all locked.
-    pub(crate) async fn finalize_sequence(&self, name: String, key: SequenceId) -> Result<()> {
+    pub(crate) async fn finalize_sequence(&self, name: String, key: SequenceId, partial: bool) -> Result<()> {
+        if partial {
+            let sequence = find_sequence(&self.catalog, &name)?;
+            check_sequence_key(&sequence, key)?;
+            self.accept_partial(v0_session(&self.catalog, &sequence)?).await?;
+        }
         let sequence = self
             .committer
             .change(move |txn, _| {
@@ -359,7 +506,10 @@ impl Lifecycle {
     }
 
     /// Locks a session whose topics are all locked.
-    pub(crate) async fn finalize_session(&self, id: SessionId) -> Result<()> {
+    pub(crate) async fn finalize_session(&self, id: SessionId, partial: bool) -> Result<()> {
+        if partial && let Some(session) = self.catalog.session(id)? {
+            self.accept_partial(session).await?;
+        }
         let sequence = self
             .committer
             .change(move |txn, _| {
@@ -372,6 +522,81 @@ impl Lifecycle {
             })
             .await?;
         self.link(sequence).await
+    }
+
+    /// Locks the interrupted topics of a session as they are: with what is durable of them. Each says from
+    /// then on that it is partial, and has a notification.
+    async fn accept_partial(&self, session: SessionRecord) -> Result<()> {
+        let topics = self.catalog.topics_of(session.sequence)?;
+        for topic in topics.into_iter().filter(|topic| topic.session == session.id && topic.completed_at_ns.is_none()) {
+            let totals = self.catalog.totals(topic.no)?;
+            match self.catalog.topic_schema(topic.no)? {
+                Some(message) => {
+                    let schema = Arc::new(TopicSchema::derive(storage::schema::from_ipc(&message)?)?);
+                    let upload =
+                        self.open_upload(topic.locator.clone(), topic.id, schema, Some(totals.batches)).await?;
+                    self.end_upload(upload.topic.no, End::Lock).await?;
+                }
+                None => self.lock_empty(topic.no).await?,
+            }
+            let (rows, batches) = (totals.rows, totals.batches);
+            let no = topic.no;
+            self.committer
+                .change(move |txn, _| {
+                    let record = PartialRecord { rows, batches, accepted_at_ns: now_ns() };
+                    Ok::<_, LifecycleError>(txn.put(Family::Topics, keys::topic_partial(no), &record)?)
+                })
+                .await?;
+            let text =
+                format!("finalized as it was: its upload was interrupted after {rows} rows in {batches} batches");
+            self.notify(Subject::Topic(topic.locator), "error".to_owned(), text).await?;
+        }
+        Ok(())
+    }
+
+    /// Locks a topic that never had a DoPut.
+    async fn lock_empty(&self, no: TopicNo) -> Result<()> {
+        self.committer
+            .change(move |txn, live| {
+                let mut topic = txn.topic(no)?.ok_or(StorageError::Gone)?;
+                if live.is_open(no) {
+                    return Err(LifecycleError::Busy { topic: topic.locator });
+                }
+                topic.completed_at_ns = Some(now_ns());
+                Ok(txn.put(Family::Topics, keys::topic(no), &topic)?)
+            })
+            .await
+    }
+
+    /// For unattended recorders: finalizes every session that was interrupted, with what is durable of it.
+    /// Returns how many.
+    pub(crate) async fn finalize_interrupted(&self) -> Result<u64> {
+        let mut done = 0;
+        for sequence in self.catalog.sequences()? {
+            let topics = self.catalog.topics_of(sequence.id)?;
+            for session in self.catalog.sessions_of(sequence.id)? {
+                if session.completed_at_ns.is_none() && topics.iter().any(|topic| topic.session == session.id) {
+                    // One that cannot be finalized must not keep the appliance from starting (INV-9).
+                    match self.finalize_session(session.id, true).await {
+                        Ok(()) => done += 1,
+                        Err(error) => tracing::warn!(session = %session.locator, %error, "not finalized"),
+                    }
+                }
+            }
+        }
+        Ok(done)
+    }
+
+    /// What is durable of a topic, and whether it is being written.
+    pub(crate) async fn topic_status(&self, locator: String) -> Result<(TopicRecord, TopicTotals, bool)> {
+        self.committer
+            .change(move |txn, live| {
+                let topic = find_topic(txn, &locator)?;
+                let totals = txn.totals(topic.no)?;
+                let uploading = live.is_open(topic.no);
+                Ok((topic, totals, uploading))
+            })
+            .await
     }
 
     /// The lock stands whether or not the links can be made: the next start makes them again.
@@ -502,7 +727,13 @@ fn v0_session(look: &impl Look, sequence: &SequenceRecord) -> Result<SessionReco
     })
 }
 
-fn check_upload(look: &impl Look, live: &Live, locator: &str, key: TopicId) -> Result<TopicRecord> {
+fn check_upload(
+    look: &impl Look,
+    live: &Live,
+    locator: &str,
+    key: TopicId,
+    resume_from: Option<u64>,
+) -> Result<(TopicRecord, TopicTotals)> {
     let topic = find_topic(look, locator)?;
     if topic.id != key {
         return Err(LifecycleError::WrongKey { what: "topic", name: locator.to_owned(), key: key.0 });
@@ -515,10 +746,23 @@ fn check_upload(look: &impl Look, live: &Live, locator: &str, key: TopicId) -> R
         return Err(LifecycleError::Busy { topic: locator.to_owned() });
     }
     let totals = look.totals(topic.no)?;
-    if totals.batches > 0 {
-        return Err(LifecycleError::HasRows { topic: locator.to_owned(), rows: totals.rows, batches: totals.batches });
+    let (rows, batches) = (totals.rows, totals.batches);
+    match resume_from {
+        None if batches > 0 => Err(LifecycleError::HasRows { topic: locator.to_owned(), rows, batches }),
+        Some(resume_from) if resume_from > batches => {
+            Err(LifecycleError::Gap { topic: locator.to_owned(), resume_from, rows, batches })
+        }
+        _ => Ok((topic, totals)),
     }
-    Ok(topic)
+}
+
+fn check_same_upload(locator: &str, begun: &[u8], wire: &SchemaRef) -> Result<()> {
+    match relate(&storage::schema::from_ipc(begun)?, wire) {
+        Relation::Same => Ok(()),
+        Relation::Compatible { difference } | Relation::Changed { difference } => {
+            Err(LifecycleError::OtherUpload { topic: locator.to_owned(), difference })
+        }
+    }
 }
 
 fn lock_session(txn: &mut Txn<'_>, mut session: SessionRecord, what: &'static str, name: &str) -> Result<()> {

@@ -63,10 +63,7 @@ impl Server {
 
     /// A client on a connection of its own.
     pub(crate) async fn client(&self) -> Client {
-        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", self.address)).expect("an address");
-        let endpoint = endpoint.initial_stream_window_size(1 << 20).initial_connection_window_size(1 << 24);
-        let channel = endpoint.connect().await.expect("the server accepts");
-        FlightServiceClient::new(channel).max_decoding_message_size(1 << 30).max_encoding_message_size(1 << 30)
+        connect(self.address).await
     }
 
     /// Kills it without warning.
@@ -90,6 +87,14 @@ impl Server {
         let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
         kib << 10
     }
+}
+
+/// A client on a connection of its own.
+pub(crate) async fn connect(address: SocketAddr) -> Client {
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).expect("an address");
+    let endpoint = endpoint.initial_stream_window_size(1 << 20).initial_connection_window_size(1 << 24);
+    let channel = endpoint.connect().await.expect("the server accepts");
+    FlightServiceClient::new(channel).max_decoding_message_size(1 << 30).max_encoding_message_size(1 << 30)
 }
 
 impl Drop for Server {

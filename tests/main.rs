@@ -10,5 +10,6 @@ mod harness;
 mod kill;
 mod program;
 mod query;
+mod resume;
 mod tidy;
 mod v0;

@@ -108,7 +108,11 @@ fn sequence_text(sequence: &Value, topics: &[Value]) -> String {
         let locator = topic["resource_locator"].as_str().unwrap_or("");
         let data = &topic["data_info"];
         let (first, length) = times(data);
-        let open = if topic["locked"] == true { "" } else { "   (open)" };
+        let open = match (topic["locked"] == true, topic["flightbox_partial"].is_object()) {
+            (_, true) => "   (partial)",
+            (true, false) => "",
+            (false, false) => "   (open)",
+        };
         lines.push(format!(
             "{:<28} {:<18} {:>10} {:>10} {:>7}  {first:<23} {length}{open}",
             locator.split_once('/').map_or(String::new(), |(_, name)| format!("/{name}")),
@@ -163,6 +167,9 @@ fn topic_text(topic: &Value, ontology: &Value) -> String {
     lines.extend(metadata(topic));
     let version = &topic["flightbox_ontology"];
     lines.push(format!("ontology {} version {}", topic["ontology_tag"].as_str().unwrap_or(""), version["version"]));
+    if topic["flightbox_partial"].is_object() {
+        lines.push("partial: its upload was interrupted, and it was finalized as it was".to_owned());
+    }
     if let Some(note) = version["note"].as_str() {
         lines.push(format!("note: {note}"));
     }

@@ -63,6 +63,8 @@ pub(crate) struct Config {
     pub(crate) prealloc_bytes: u64,
     pub(crate) compression: Compression,
     pub(crate) ontology: OntologyMode,
+    /// Whether interrupted recordings are finalized at start, as they are.
+    pub(crate) seal_on_restart: bool,
     pub(crate) legacy_session_reply: bool,
     pub(crate) log_json: bool,
     pub(crate) log_level: String,
@@ -135,6 +137,11 @@ impl Config {
                 "open" => OntologyMode::Open,
                 "strict" => OntologyMode::Strict,
                 _ => return Err(refuse(raw.get("ontology"), "is none of open, strict")),
+            },
+            seal_on_restart: match raw.get("on_restart").text.as_str() {
+                "keep" => false,
+                "seal" => true,
+                _ => return Err(refuse(raw.get("on_restart"), "is none of keep, seal")),
             },
             legacy_session_reply: boolean(raw.get("legacy_session_reply"))?,
             log_json: match raw.get("log_format").text.as_str() {

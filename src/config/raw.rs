@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Every key with its default, in the order of the shipped file.
-pub(crate) const KEYS: [(&str, &str); 22] = [
+pub(crate) const KEYS: [(&str, &str); 23] = [
     ("data_dir", "flightbox-data"),
     ("listen", "127.0.0.1:6726"),
     ("unix_socket", ""),
@@ -25,6 +25,7 @@ pub(crate) const KEYS: [(&str, &str); 22] = [
     ("prealloc_bytes", "auto"),
     ("compression", "none"),
     ("ontology", "open"),
+    ("on_restart", "keep"),
     ("legacy_session_reply", "false"),
     ("log_format", "human"),
     ("log_level", "info"),

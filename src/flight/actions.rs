@@ -19,18 +19,22 @@ use storage::ids::{SequenceId, SessionId};
 use tonic::Status;
 
 /// Every action with its description, for ListActions.
-pub(crate) const ACTIONS: [(&str, &str); 38] = [
+pub(crate) const ACTIONS: [(&str, &str); 39] = [
     ("sequence_create", "Create a sequence: {name|locator, user_metadata} -> {key} (v0) or nothing."),
-    ("sequence_finalize", "v0: lock a sequence whose topics are all locked: {name, key}."),
+    ("sequence_finalize", "v0: lock a sequence whose topics are all locked: {name, key, accept_partial?}."),
     ("sequence_abort", "v0: delete an unlocked sequence with everything in it: {name, key}."),
     ("sequence_delete", "Delete a sequence: {name} (v0, unlocked only) or {locator}."),
     ("sequence_system_info", "v0: size, lock state and creation time of a sequence: {name}."),
     ("session_create", "Open a session of a sequence: {locator} -> {uuid, locator}."),
-    ("session_finalize", "Lock a session whose topics are all locked: {session_uuid}."),
+    ("session_finalize", "Lock a session whose topics are all locked: {session_uuid, accept_partial?}."),
     ("session_delete", "Delete a session with its topics: {session_uuid} or {locator}."),
     ("topic_create", "Create a topic: {sequence_key, name, …} -> {key} (v0) or {session_uuid, locator, …} -> {uuid}."),
     ("topic_delete", "Delete a topic: {name} (v0, unlocked only) or {locator}."),
     ("topic_system_info", "v0: chunks, size, lock state and creation time of a topic: {name}."),
+    (
+        "topic_status",
+        "What is durable of a topic, to resume from: {locator|name} -> {rows, batches, bytes, last_time_ns, …}.",
+    ),
     ("version", "The protocol version this server speaks."),
     ("info", "Version and limits; with {\"flightbox\": true} also the state of the appliance."),
     (
@@ -99,6 +103,15 @@ impl Body {
             Some(Value::String(text)) => Ok(text),
             Some(other) => Err(invalid(format!("action `{}`: `{key}` is {}, not a text", self.action, kind(other)))),
             None => Err(invalid(format!("action `{}` needs the field `{key}`", self.action))),
+        }
+    }
+
+    /// A flag that is off unless it is given.
+    fn flag(&self, key: &str) -> Result<bool, Status> {
+        match self.fields.get(key) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(other) => Err(invalid(format!("action `{}`: `{key}` is {}, not a flag", self.action, kind(other)))),
         }
     }
 
@@ -201,6 +214,7 @@ pub(crate) async fn run(shared: &Shared, connection: &Connection, action: &str, 
         "topic_create" => topic_create(shared, &body).await?,
         "topic_delete" => topic_delete(shared, &body).await?,
         "topic_system_info" => topic_system_info(shared, &body)?,
+        "topic_status" => topic_status(shared, &body).await?,
         "version" => version(),
         "info" => info(shared, &body)?,
         "query" => questions::query(shared, connection, &body.fields).await?,
@@ -336,7 +350,7 @@ fn v0_key(body: &Body) -> Result<(String, SequenceId), Status> {
 
 async fn sequence_finalize(shared: &Shared, body: &Body) -> Result<Value, Status> {
     let (name, key) = v0_key(body)?;
-    shared.lifecycle.finalize_sequence(name, key).await?;
+    shared.lifecycle.finalize_sequence(name, key, body.flag("accept_partial")?).await?;
     Ok(Value::Null)
 }
 
@@ -389,7 +403,7 @@ async fn session_create(shared: &Shared, connection: &Connection, body: &Body) -
 
 async fn session_finalize(shared: &Shared, body: &Body) -> Result<Value, Status> {
     let id = SessionId(parse_uuid("session_uuid", body.text("session_uuid")?)?);
-    shared.lifecycle.finalize_session(id).await?;
+    shared.lifecycle.finalize_session(id, body.flag("accept_partial")?).await?;
     Ok(Value::Null)
 }
 
@@ -456,6 +470,23 @@ fn topic_system_info(shared: &Shared, body: &Body) -> Result<Value, Status> {
         "total_size_bytes": total_bytes(&totals),
         "is_locked": topic.completed_at_ns.is_some(),
         "created_datetime": datetime(topic.created_at_ns),
+    }))
+}
+
+/// What a client needs to go on after it lost its connection or its server.
+async fn topic_status(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let (key, name) = body.name_or_locator()?;
+    let (topic, totals, uploading) = shared.lifecycle.topic_status(Locator::topic(key, name)?).await?;
+    let partial = shared.lifecycle.catalog.topic_partial(topic.no).map_err(|e| of_storage(&e))?;
+    Ok(json!({
+        "locator": topic.locator,
+        "locked": topic.completed_at_ns.is_some(),
+        "partial": partial.is_some(),
+        "uploading": uploading,
+        "rows": totals.rows,
+        "batches": totals.batches,
+        "bytes": totals.data_bytes,
+        "last_time_ns": totals.time.map(|time| time.1),
     }))
 }
 

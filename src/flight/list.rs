@@ -132,6 +132,12 @@ async fn endpoint(
         let ontology = json!({ "version": of_topic.version, "note": of_topic.note });
         object.insert("flightbox_ontology".to_owned(), ontology);
     }
+    let partial = shared.lifecycle.catalog.topic_partial(topic.no).map_err(stored)?;
+    if let (Some(partial), Some(object)) = (partial, metadata.as_object_mut()) {
+        let partial =
+            json!({ "rows": partial.rows, "batches": partial.batches, "accepted_at_ns": partial.accepted_at_ns });
+        object.insert("flightbox_partial".to_owned(), partial);
+    }
     let endpoint = FlightEndpoint::new().with_app_metadata(metadata.to_string());
     if request.v0 {
         return Ok(endpoint.with_ticket(FlightTicket::new(topic.locator.clone())));

@@ -157,15 +157,15 @@ impl Ingest {
         let descriptor = descriptor.ok_or_else(|| {
             invalid("DoPut without a descriptor; send a CMD descriptor with resource_locator and topic_uuid")
         })?;
-        let (locator, key) = self.target(&descriptor)?;
+        let (locator, key, resume_from) = self.target(&descriptor)?;
         let wire = decode::schema(&first.data_header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
         self.monitor.set_overhead(crate::limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
-        let message = storage::schema::to_ipc(&schema.wire);
-        Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), message).await?)
+        Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), resume_from).await?)
     }
 
-    fn target(&self, descriptor: &arrow_flight::FlightDescriptor) -> Result<(String, TopicId), Status> {
+    /// The topic, its key, and the number of the first batch if the upload goes on with an earlier one.
+    fn target(&self, descriptor: &arrow_flight::FlightDescriptor) -> Result<(String, TopicId, Option<u64>), Status> {
         use arrow_flight::flight_descriptor::DescriptorType;
         if descriptor.r#type() != DescriptorType::Cmd {
             return Err(invalid("DoPut takes a CMD descriptor {\"resource_locator\", \"topic_uuid\"}, not a PATH"));
@@ -190,7 +190,14 @@ impl Ingest {
                 )
             }
         };
-        Ok((Locator::topic("resource_locator", &locator)?, TopicId(parse_uuid("topic_uuid", &key)?)))
+        let resume_from = match command.get("resume_from") {
+            None | Some(serde_json::Value::Null) => None,
+            Some(value) => Some(value.as_u64().ok_or_else(|| {
+                invalid(format!("`resume_from` in the DoPut descriptor is {value}, not the number of a batch"))
+            })?),
+        };
+        let locator = Locator::topic("resource_locator", &locator)?;
+        Ok((locator, TopicId(parse_uuid("topic_uuid", &key)?), resume_from))
     }
 
     /// Takes batches until the stream ends or something fails.
@@ -201,6 +208,8 @@ impl Ingest {
             self.shared.config.batch_memory_max,
             self.shared.budget.clone(),
         );
+        let mut next_batch = upload.first_batch;
+        let mut overlap = upload.overlap();
         let mut watermark = upload.watermark.clone();
         let mut stopping = self.shared.stopping.clone();
         loop {
@@ -232,6 +241,13 @@ impl Ingest {
                     let batch = check_batch(&upload.schema, &rows, permit, decode_permit, arrived)?;
                     self.shared.stats.record(Station::Decode, arrived.elapsed());
                     if self.shared.null_sink {
+                        continue;
+                    }
+                    let number = next_batch;
+                    next_batch += 1;
+                    if number < upload.durable.batches {
+                        // Sent again: it is durable already, if it is the same.
+                        overlap.check(&self.shared.lifecycle.loader, number, batch.mark).await?;
                         continue;
                     }
                     let message = Message::Batch { topic: upload.topic.no, batch: Box::new(batch) };

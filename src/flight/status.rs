@@ -14,7 +14,10 @@ pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
         LifecycleError::Locked { .. }
         | LifecycleError::TopicUnlocked { .. }
         | LifecycleError::Busy { .. }
-        | LifecycleError::HasRows { .. } => Code::FailedPrecondition,
+        | LifecycleError::HasRows { .. }
+        | LifecycleError::Gap { .. }
+        | LifecycleError::OtherBatch { .. }
+        | LifecycleError::OtherUpload { .. } => Code::FailedPrecondition,
         LifecycleError::Full { .. } => Code::ResourceExhausted,
         LifecycleError::Invalid { .. } => Code::InvalidArgument,
         LifecycleError::Registry(error) => return of_registry(error),

@@ -68,11 +68,19 @@ struct LiveTopic {
 }
 
 impl Live {
-    /// Opens a topic for writing. `false`: it is being written already.
-    pub(crate) fn open(&mut self, topic: TopicNo, watermark: Arc<watch::Sender<Watermark>>) -> bool {
+    /// Opens a topic for writing behind what is durable of it, of which `tail_data_bytes` lie in the tail.
+    /// `false`: it is being written already.
+    pub(crate) fn open(
+        &mut self,
+        topic: TopicNo,
+        watermark: Arc<watch::Sender<Watermark>>,
+        totals: TopicTotals,
+        tail_data_bytes: u64,
+    ) -> bool {
         let free = !self.topics.contains_key(&topic);
         if free {
-            self.topics.insert(topic, LiveTopic { totals: TopicTotals::default(), chunk_data_bytes: 0, watermark });
+            let chunk_data_bytes = totals.data_bytes.saturating_sub(tail_data_bytes);
+            self.topics.insert(topic, LiveTopic { totals, chunk_data_bytes, watermark });
         }
         free
     }

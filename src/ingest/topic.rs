@@ -115,21 +115,48 @@ impl Turn {
     }
 }
 
+/// Where an upload begins.
+#[derive(Default)]
+pub(crate) struct Start {
+    /// First batch and row that no chunk has.
+    pub(crate) next: (u64, u64),
+    /// Number of its first segment.
+    pub(crate) segment: u32,
+    /// What is durable behind the last chunk: at most a chunk's floor, so it holds no permit.
+    pub(crate) tail: Vec<RecordBatch>,
+    pub(crate) marks: Vec<BatchMark>,
+    pub(crate) tail_bytes: u64,
+    pub(crate) tail_time: Option<(i64, i64)>,
+}
+
 impl<D: Disk> Topic<D> {
-    /// A topic at its first batch.
+    /// A topic at the first batch of an upload.
     pub(super) fn new(
         record: TopicRecord,
         schema: Arc<TopicSchema>,
         encoder: TopicEncoder,
         watermark: Arc<watch::Sender<Watermark>>,
         place: SegmentWriter<D>,
+        start: Start,
     ) -> Self {
+        let open = Open {
+            safe_marks: start.marks.len(),
+            // Runs came one after another, and whether their times did is not kept.
+            sorted: start.tail.is_empty(),
+            oldest: (!start.marks.is_empty()).then(Instant::now),
+            safe: start.tail,
+            marks: start.marks,
+            safe_bytes: start.tail_bytes,
+            data_bytes: start.tail_bytes,
+            time: start.tail_time,
+            ..Open::default()
+        };
         Self {
             schema,
             encoder,
             watermark,
-            open: RefCell::new(Open { sorted: true, ..Open::default() }),
-            next: Cell::new((0, 0)),
+            open: RefCell::new(open),
+            next: Cell::new(start.next),
             place: Mutex::new(place),
             sealed_below: Cell::new(0),
             pending: RefCell::default(),

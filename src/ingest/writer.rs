@@ -11,7 +11,7 @@ use crate::ingest::committer::{ChunkCommit, CommitHandle, End, Watermark};
 use crate::ingest::gather::{ChunkRule, Verdict, Why, floor_bytes, verdict};
 use crate::ingest::lane::{Receiver, Sender};
 use crate::ingest::steward::StewardHandle;
-use crate::ingest::topic::{Batch, Open, Topic, Turn, rows_of};
+use crate::ingest::topic::{Batch, Open, Start, Topic, Turn, rows_of};
 use crate::limits;
 use crate::stats::{Station, Stats};
 use futures::FutureExt;
@@ -40,6 +40,7 @@ pub(crate) enum Message {
         schema: Arc<TopicSchema>,
         encoder: Box<TopicEncoder>,
         watermark: Arc<watch::Sender<Watermark>>,
+        start: Box<Start>,
     },
     /// Its next batch.
     Batch { topic: TopicNo, batch: Box<Batch> },
@@ -146,7 +147,9 @@ impl<D: Disk> Writer<D> {
     /// Acts on a message; says whether a chunk is full and may go.
     fn take(self: &Rc<Self>, message: Message) -> bool {
         match message {
-            Message::Open { topic, schema, encoder, watermark } => self.open(*topic, schema, *encoder, watermark),
+            Message::Open { topic, schema, encoder, watermark, start } => {
+                self.open(*topic, schema, *encoder, watermark, *start);
+            }
             Message::Batch { topic, batch } => {
                 let topic = self.topics.borrow().get(&topic).cloned();
                 if let Some(topic) = topic {
@@ -194,14 +197,15 @@ impl<D: Disk> Writer<D> {
         schema: Arc<TopicSchema>,
         encoder: TopicEncoder,
         watermark: Arc<watch::Sender<Watermark>>,
+        start: Start,
     ) {
         if let Some(reply) = self.overtaken.borrow_mut().remove(&record.no) {
             watermark.send_modify(|mark| mark.failed = Some(StorageError::Gone));
             reply.send(()).ok(); // The deletion goes on at the next start if nobody waits.
             return;
         }
-        let place = SegmentWriter::new(&self.shared, &record);
-        let topic = Topic::new(record, schema, encoder, watermark, place);
+        let place = SegmentWriter::new(&self.shared, &record).starting_at(start.segment);
+        let topic = Topic::new(record, schema, encoder, watermark, place, start);
         self.topics.borrow_mut().insert(topic.record.no, Rc::new(topic));
     }
 

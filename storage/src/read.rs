@@ -9,13 +9,13 @@
 use crate::catalog::Look;
 use crate::catalog::records::TopicRecord;
 use crate::chunk::decode::{ChunkBytes, RowGroup, decode, decode_leaves, verify_columns};
-use crate::chunk::record::ChunkRecord;
+use crate::chunk::record::{BatchMark, ChunkRecord};
 use crate::disk::{Disk, IoCounters};
 use crate::error::{Result, StorageError};
 use crate::ids::TopicNo;
 use crate::limits::{self, RING_BUFFER_BYTES};
 use crate::schema::TopicSchema;
-use crate::segment;
+use crate::segment::{self, Trailer};
 use crate::tail::TailRun;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::Int64Type;
@@ -140,6 +140,11 @@ impl TopicView {
     /// Its chunks, in row order.
     pub fn chunks(&self) -> &[ChunkRecord] {
         &self.chunks
+    }
+
+    /// Its tail: what is durable behind the last chunk.
+    pub fn tail(&self) -> &[TailRun] {
+        &self.tail
     }
 
     /// Everything that has rows, in arrival order.
@@ -320,6 +325,26 @@ impl Loader {
         let batch = decoded.await.map_err(|error| StorageError::Format { op: "decode", text: error.to_string() })??;
         self.keep(key, batch.clone());
         Ok(batch)
+    }
+
+    /// The batches of a chunk as they came, from the trailer in its file.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or what is there is not that chunk's trailer.
+    pub async fn marks(&self, view: &TopicView, chunk: &ChunkRecord) -> Result<Vec<BatchMark>> {
+        let path = view.dir.join(segment::file_name(chunk.segment));
+        let at = segment::block_floor(chunk.offset + chunk.length);
+        let (reply, answer) = oneshot::channel();
+        let length = chunk.offset + chunk.padded_length - at;
+        self.jobs.send(ReadJob { path: path.clone(), at, length, reply }).await.map_err(|_| StorageError::Gone)?;
+        let bytes = answer.await.map_err(|_| StorageError::Gone)??;
+        let trailer = Trailer::decode(&bytes)
+            .filter(|trailer| trailer.topic == view.record.no && trailer.record.first_batch == chunk.first_batch);
+        let broken = || StorageError::Decode {
+            what: "chunk trailer",
+            text: format!("{} at byte {at}: not the trailer of batch {}", path.display(), chunk.first_batch),
+        };
+        Ok(trailer.ok_or_else(broken)?.marks)
     }
 
     /// Some leaf columns of a source, in the schema that is left without the others (the tail and what

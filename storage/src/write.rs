@@ -187,6 +187,12 @@ impl<D: Disk> SegmentWriter<D> {
         }
     }
 
+    /// The same, for a topic whose earlier segments have smaller numbers.
+    pub fn starting_at(mut self, segment: u32) -> Self {
+        self.next_no = segment;
+        self
+    }
+
     fn retire(&mut self) {
         if let Some(current) = self.current.take() {
             self.prealloc.give_back(current.allocated.saturating_sub(current.write_at));

@@ -133,6 +133,11 @@ pub fn topic_ontology(no: TopicNo) -> Vec<u8> {
     tagged(b'v', &no.0.to_be_bytes())
 }
 
+/// `topics`: that a topic was locked without a clean end.
+pub fn topic_partial(no: TopicNo) -> Vec<u8> {
+    tagged(b'p', &no.0.to_be_bytes())
+}
+
 /// `topics`: the blocks of a topic in the skip index.
 pub fn topic_blocks(no: TopicNo) -> Vec<u8> {
     tagged(b'b', &no.0.to_be_bytes())

@@ -18,8 +18,8 @@ use crate::ontology::{Ontology, OntologyRecord};
 use crate::tail::TailRun;
 use keys::Family;
 use records::{
-    BlockMark, DeletionRecord, NotificationRecord, SegmentRecord, SequenceRecord, SessionRecord, TopicOntology,
-    TopicRecord, TopicTotals, pack, unpack,
+    BlockMark, DeletionRecord, NotificationRecord, PartialRecord, SegmentRecord, SequenceRecord, SessionRecord,
+    TopicOntology, TopicRecord, TopicTotals, pack, unpack,
 };
 use rocksdb::{
     BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode,
@@ -270,6 +270,11 @@ pub trait Look {
     /// Which version of its ontology a topic has; `None` before the first DoPut.
     fn topic_ontology(&self, no: TopicNo) -> Result<Option<TopicOntology>> {
         self.record(Family::Topics, &keys::topic_ontology(no))
+    }
+
+    /// Whether a topic was locked without a clean end.
+    fn topic_partial(&self, no: TopicNo) -> Result<Option<PartialRecord>> {
+        self.record(Family::Topics, &keys::topic_partial(no))
     }
 
     /// The topics of an ontology tag, in order.
@@ -591,6 +596,7 @@ impl Txn<'_> {
             keys::topic_schema(record.no),
             keys::topic_ontology(record.no),
             keys::topic_blocks(record.no),
+            keys::topic_partial(record.no),
             keys::topic_locator(&record.locator),
             keys::topic_id(record.id),
             keys::tag_topic(&record.ontology_tag, record.no),

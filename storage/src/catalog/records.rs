@@ -117,6 +117,17 @@ pub struct TopicOntology {
     pub note: Option<String>,
 }
 
+/// A topic that was locked as it was, without a clean end of its upload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartialRecord {
+    /// Rows that were durable.
+    pub rows: u64,
+    /// Batches that were durable.
+    pub batches: u64,
+    /// When it was accepted, in nanoseconds since 1970.
+    pub accepted_at_ns: i64,
+}
+
 /// A block of the skip index: consecutive chunks of a topic, by their position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockMark {
