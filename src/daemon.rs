@@ -367,7 +367,7 @@ fn start_writers(
 
 /// What recovery found and did.
 #[derive(Debug, Default)]
-struct Recovered {
+pub(crate) struct Recovered {
     sealed_topics: u64,
     interrupted_topics: u64,
     interrupted_rows: u64,
@@ -377,7 +377,11 @@ struct Recovered {
 
 /// The start-up pass (design.md section 6): finishes deletions, seals, removes what nobody owns,
 /// makes links again. A second pass finds nothing to do.
-async fn recover_all(config: &Config, catalog: &Catalog, steward: &StewardHandle) -> Result<Recovered, AnyError> {
+pub(crate) async fn recover_all(
+    config: &Config,
+    catalog: &Catalog,
+    steward: &StewardHandle,
+) -> Result<Recovered, AnyError> {
     let mut done = Recovered::default();
     // One file that cannot be handled is reported and left for the next start: it must not keep the
     // appliance from starting (INV-9).

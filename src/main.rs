@@ -12,6 +12,8 @@ mod limits;
 mod notes;
 mod ontology;
 mod query;
+#[cfg(test)]
+mod simulation;
 mod stats;
 mod systemd;
 mod when;

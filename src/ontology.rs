@@ -71,6 +71,12 @@ impl Registry {
         Ok(registry)
     }
 
+    /// One without the shipped ontologies, which take a while to read.
+    #[cfg(test)]
+    pub(crate) fn empty(mode: OntologyMode) -> Arc<Self> {
+        Arc::new(Self { mode, versions: RwLock::default() })
+    }
+
     /// A schema on its way to the registry: what takes time is done here, outside of the committer.
     pub(crate) fn offer(tag: &str, wire: &SchemaRef, origin: Origin) -> Result<Ontology, RegistryError> {
         let offered = Ontology::new(tag, 0, origin, now_ns(), Arc::clone(wire))?;

@@ -108,7 +108,7 @@ enum Item {
 }
 
 /// Entry with the time it was queued.
-struct Entry {
+pub(crate) struct Entry {
     item: Item,
     queued: Instant,
 }
@@ -173,15 +173,22 @@ pub(crate) fn start(
     catalog: Catalog,
     stats: Arc<Stats>,
 ) -> std::io::Result<(CommitHandle, std::thread::JoinHandle<()>)> {
-    let (sender, receiver) = lane(limits::COMMIT_LANE_DEPTH);
+    let (handle, receiver) = pair();
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let thread = std::thread::Builder::new()
         .name("fb-committer".to_owned())
         .spawn(move || runtime.block_on(run(catalog, receiver, stats)))?;
-    Ok((CommitHandle { lane: sender }, thread))
+    Ok((handle, thread))
 }
 
-async fn run(catalog: Catalog, lane: Receiver<Entry>, stats: Arc<Stats>) {
+/// A handle, and the end that [`run`] takes.
+pub(crate) fn pair() -> (CommitHandle, Receiver<Entry>) {
+    let (sender, receiver) = lane(limits::COMMIT_LANE_DEPTH);
+    (CommitHandle { lane: sender }, receiver)
+}
+
+/// Commits what comes until all handles are gone.
+pub(crate) async fn run(catalog: Catalog, lane: Receiver<Entry>, stats: Arc<Stats>) {
     let mut live = Live::default();
     let mut failed: Option<StorageError> = None;
     while lane.ready().await {

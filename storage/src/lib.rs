@@ -18,6 +18,7 @@ pub mod read;
 pub mod recover;
 pub mod schema;
 pub mod segment;
+pub mod sim;
 pub mod tail;
 pub mod uring;
 pub mod write;
