@@ -1,6 +1,5 @@
 //! flightbox: an Arrow Flight ingest appliance for a single Linux node. ARCHITECTURE.md is the map.
 
-mod api_keys;
 mod cli;
 mod config;
 mod daemon;
@@ -9,7 +8,6 @@ mod host;
 mod ingest;
 mod lifecycle;
 mod limits;
-mod notes;
 mod ontology;
 mod query;
 #[cfg(test)]

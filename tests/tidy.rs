@@ -60,7 +60,9 @@ fn one_outside_crate_has_one_room() {
     check_room("mimalloc", &["src/main.rs"]);
     check_room("clap", &["src/cli/"]);
     check_room("toml", &["src/config/"]);
-    check_room("ulid", &["src/lifecycle.rs"]);
+    check_room("ulid", &["src/lifecycle/mod.rs"]);
+    check_room("sha2", &["src/lifecycle/api_keys.rs"]);
+    check_room("base64", &["src/flight/questions.rs"]);
 }
 
 #[test]

@@ -5,12 +5,12 @@ use crate::flight::list::total_bytes;
 use crate::flight::questions;
 use crate::flight::service::Shared;
 use crate::flight::status::{invalid, of_storage};
+use crate::lifecycle::notes::Subject;
 use crate::lifecycle::{
     DeleteRule, LifecycleError, Locator, NewTopic, UploadKey, check_tag, find_sequence, find_topic, is_locked,
     parse_uuid,
 };
 use crate::limits;
-use crate::notes::Subject;
 use crate::query::times::Interval;
 use serde_json::{Map, Value, json};
 use storage::catalog::Look;

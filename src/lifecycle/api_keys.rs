@@ -50,7 +50,7 @@ impl Lifecycle {
             let why = format!("is none of {}", PERMISSIONS.join(", "));
             return Err(LifecycleError::Invalid { key: "permissions", value: permissions, why });
         }
-        crate::notes::check_description(&description)?;
+        super::notes::check_description(&description)?;
         self.committer
             .change(move |txn, _| {
                 if txn.records::<KeyRecord>(Family::Keys, b"")?.len() >= limits::API_KEYS_MAX {
