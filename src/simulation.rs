@@ -111,6 +111,11 @@ fn rows(topic: &TopicLedger, batch: u64) -> RecordBatch {
 
 /// Starts everything on this thread.
 fn begin(disk: &SimDisk, store: &Path) -> Life {
+    begin_with(disk, store, 200)
+}
+
+/// `lag`: how far the steward may lag behind the uploads whose files it seals.
+fn begin_with(disk: &SimDisk, store: &Path, lag: u64) -> Life {
     let mut raw = Raw::defaults();
     raw.set("data_dir", store.join("data").display().to_string(), "test").expect("a key");
     let host = HostFacts { memory_bytes: 1 << 30, cores: 1, free_bytes: 1 << 30 };
@@ -126,7 +131,7 @@ fn begin(disk: &SimDisk, store: &Path) -> Life {
         data_dir: config.data_dir.clone(),
         counters: Arc::clone(&counters),
     };
-    tokio::task::spawn_local(steward::serve(disk.clone(), jobs, context));
+    tokio::task::spawn_local(steward::serve(disk.slowed(lag), jobs, context));
     let (reads, jobs) = mpsc::channel(limits::SERVICE_LANE_DEPTH);
     tokio::task::spawn_local(read::serve(disk.clone(), jobs, Arc::clone(&counters)));
     let budget = Budget::new(8 << 20);
@@ -248,13 +253,25 @@ async fn clients(life: Life, ledger: Ledger, seed: u64) {
     }
 }
 
+/// One upload; one that ends without a lock is often resumed at once, while its files are being sealed.
 async fn upload(life: Life, ledger: Ledger, sequence: usize, topic: usize, seed: u64) {
     let mut random = Random::new(seed);
+    for _ in 0..4 {
+        let left = upload_once(&life, &ledger, sequence, topic, random.bits()).await;
+        if !left || random.below(4) == 0 {
+            return;
+        }
+    }
+}
+
+/// Returns whether the topic was left unlocked.
+async fn upload_once(life: &Life, ledger: &Ledger, sequence: usize, topic: usize, seed: u64) -> bool {
+    let mut random = Random::new(seed);
     let entry = ledger.borrow()[sequence].topics[topic].clone();
-    let Ok((_, durable, _)) = life.lifecycle.topic_status(entry.locator.clone()).await else { return };
+    let Ok((_, durable, _)) = life.lifecycle.topic_status(entry.locator.clone()).await else { return false };
     let schema = Arc::new(TopicSchema::derive(schema()).expect("a schema"));
     let opened = life.lifecycle.open_upload(entry.locator.clone(), entry.id, schema, Some(durable.batches)).await;
-    let Ok(opened) = opened else { return };
+    let Ok(opened) = opened else { return false };
     {
         // What was sent before and is not durable, this upload makes anew.
         let mut ledger = ledger.borrow_mut();
@@ -263,7 +280,7 @@ async fn upload(life: Life, ledger: Ledger, sequence: usize, topic: usize, seed:
         topic.ending = false;
     }
     let mut watermark = opened.watermark.clone();
-    let told = Rc::clone(&ledger);
+    let told = Rc::clone(ledger);
     let watcher = tokio::task::spawn_local(async move {
         while watermark.changed().await.is_ok() {
             let batches = watermark.borrow_and_update().batches;
@@ -274,27 +291,14 @@ async fn upload(life: Life, ledger: Ledger, sequence: usize, topic: usize, seed:
     });
     let lane = life.lifecycle.writers.of(opened.topic.no).clone();
     for batch in durable.batches..durable.batches + 1 + random.below(25) {
-        let rows = rows(&entry, batch);
-        let bytes = data_bytes(&rows);
-        let time = (batch * entry.rows_per_batch) as i64;
-        let message = Batch {
-            mark: BatchMark { rows: rows.num_rows() as u32, hash: batch_hash(&rows) },
-            data_bytes: bytes,
-            time: Some((time, time + entry.rows_per_batch as i64 - 1)),
-            sorted: true,
-            permit: life.budget.receive.claim(bytes).await,
-            decode_permit: None,
-            arrived: Instant::now(),
-            sent: Instant::now(),
-            rows,
-        };
+        let message = message(life, &entry, batch).await;
         {
             let mut ledger = ledger.borrow_mut();
             let topic = &mut ledger[sequence].topics[topic];
             topic.sent = topic.sent.max(batch + 1);
         }
         if lane.send(Message::Batch { topic: opened.topic.no, batch: Box::new(message) }).await.is_err() {
-            return;
+            return false;
         }
         if random.below(3) == 0 {
             tokio::time::sleep(Duration::from_millis(random.below(20))).await;
@@ -310,6 +314,25 @@ async fn upload(life: Life, ledger: Ledger, sequence: usize, topic: usize, seed:
         topic.acked = topic.sent;
     }
     watcher.abort();
+    ended.is_ok() && end == End::Leave
+}
+
+/// A batch as the front hands it to a writer.
+async fn message(life: &Life, topic: &TopicLedger, batch: u64) -> Batch {
+    let rows = rows(topic, batch);
+    let bytes = data_bytes(&rows);
+    let time = (batch * topic.rows_per_batch) as i64;
+    Batch {
+        mark: BatchMark { rows: rows.num_rows() as u32, hash: batch_hash(&rows) },
+        data_bytes: bytes,
+        time: Some((time, time + topic.rows_per_batch as i64 - 1)),
+        sorted: true,
+        permit: life.budget.receive.claim(bytes).await,
+        decode_permit: None,
+        arrived: Instant::now(),
+        sent: Instant::now(),
+        rows,
+    }
 }
 
 // --- promises ---
@@ -471,6 +494,64 @@ fn inv_1_2_3_4_5_and_12_hold_through_simulated_crashes_part_3() {
 #[test]
 fn inv_1_2_3_4_5_and_12_hold_through_simulated_crashes_part_4() {
     run_part(3);
+}
+
+/// The seal of the upload before comes while the next one writes: it must leave that one's segment alone.
+#[test]
+fn inv_1_a_topic_resumed_while_its_files_are_being_sealed_keeps_what_it_was_told() {
+    for seed in 0..30 {
+        let store = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir_all(store.path().join("data/sequences")).expect("a folder");
+        let disk = SimDisk::new(seed, u64::MAX, Faults::default());
+        on_one_thread(async {
+            let life = begin_with(&disk, store.path(), 4 + seed * 6);
+            let sequence =
+                life.lifecycle.create_sequence("s".to_owned(), "{}".to_owned(), true).await.expect("created");
+            let mut topics = Vec::new();
+            for name in ["s/a", "s/b"] {
+                let new = NewTopic {
+                    locator: name.to_owned(),
+                    ontology_tag: "sim".to_owned(),
+                    format: Format::Image,
+                    user_metadata: "{}".to_owned(),
+                };
+                let record = life.lifecycle.create_topic(UploadKey::Sequence(sequence.id), new).await.expect("created");
+                let (id, locator) = (record.id, record.locator);
+                topics.push(TopicLedger {
+                    id,
+                    locator,
+                    rows_per_batch: 2,
+                    blob_bytes: 14_000,
+                    sent: 0,
+                    acked: 0,
+                    locked: false,
+                    ending: false,
+                });
+            }
+            // The first topic's seal keeps the steward busy while the second one is resumed.
+            put_one_by_one(&life, &mut topics[0], 6).await;
+            put_one_by_one(&life, &mut topics[1], 6).await;
+            put_one_by_one(&life, &mut topics[1], 60).await;
+            check_topic(&life, &topics[1]).await;
+        });
+    }
+}
+
+/// An upload that is left unlocked, each batch sent when the one before is durable.
+async fn put_one_by_one(life: &Life, topic: &mut TopicLedger, count: u64) {
+    let schema = Arc::new(TopicSchema::derive(schema()).expect("a schema"));
+    let opened = life.lifecycle.open_upload(topic.locator.clone(), topic.id, schema, Some(topic.sent)).await;
+    let opened = opened.expect("opened");
+    let mut watermark = opened.watermark.clone();
+    let lane = life.lifecycle.writers.of(opened.topic.no).clone();
+    for batch in topic.sent..topic.sent + count {
+        let message = message(life, topic, batch).await;
+        lane.send(Message::Batch { topic: opened.topic.no, batch: Box::new(message) }).await.expect("sent");
+        watermark.wait_for(|mark| mark.batches > batch || mark.failed.is_some()).await.expect("told");
+        topic.acked = watermark.borrow().batches;
+    }
+    topic.sent += count;
+    life.lifecycle.end_upload(opened.topic.no, End::Leave).await.expect("left");
 }
 
 /// The checks can fail: a bug planted below the recorder is noticed within 1,000 crashes.

@@ -187,6 +187,9 @@ fn gaps_other_batches_and_other_schemas_are_refused_with_both_numbers() {
             Err(status) => Err(status),
         };
         check_refused(other, Code::FailedPrecondition, &["`data`", "first DoPut"]);
+        // The refused schema did not get into the registry either.
+        let known = action(&mut client, "ontology_get", json!({ "tag": "test" })).await.expect("known");
+        assert_eq!(known["version"], 1);
         // Nothing of all this changed what is durable, and the upload can still go on.
         let again = vec![blob_batch(20, 10, 100), blob_batch(30, 10, 100)];
         let mark = put_from(&mut client, "cut/cam", &key, Some(2), again).await.expect("resumed").expect("a mark");

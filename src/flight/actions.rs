@@ -481,7 +481,7 @@ async fn topic_status(shared: &Shared, body: &Body) -> Result<Value, Status> {
     Ok(json!({
         "locator": topic.locator,
         "locked": topic.completed_at_ns.is_some(),
-        "partial": partial.is_some(),
+        "partial": partial.is_some() && topic.completed_at_ns.is_some(),
         "uploading": uploading,
         "rows": totals.rows,
         "batches": totals.batches,

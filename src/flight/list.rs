@@ -133,6 +133,7 @@ async fn endpoint(
         object.insert("flightbox_ontology".to_owned(), ontology);
     }
     let partial = shared.lifecycle.catalog.topic_partial(topic.no).map_err(stored)?;
+    let partial = partial.filter(|_| topic.completed_at_ns.is_some());
     if let (Some(partial), Some(object)) = (partial, metadata.as_object_mut()) {
         let partial =
             json!({ "rows": partial.rows, "batches": partial.batches, "accepted_at_ns": partial.accepted_at_ns });

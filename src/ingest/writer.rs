@@ -335,7 +335,9 @@ impl<D: Disk> Writer<D> {
             // A locked topic has a file even without rows; one that may be written again gets none.
             let locked =
                 committed.is_ok() && cause.is_none() && ending.as_ref().is_some_and(|(end, _)| *end == End::Lock);
-            self.context.steward.seal(topic.record.clone(), if locked { None } else { Some(u32::MAX) }).await;
+            // The topic may be resumed before the steward comes to it: the next upload's segment is open.
+            let below = if locked { None } else { Some(topic.place.lock().await.next_segment()) };
+            self.context.steward.seal(topic.record.clone(), below).await;
         }
         // A deleted topic stays known until the deletion's `Forget` has come: it must not look like
         // one whose `Open` is still to come.

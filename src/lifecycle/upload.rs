@@ -14,9 +14,9 @@ use crate::when::now_ns;
 use arrow::datatypes::SchemaRef;
 use std::sync::Arc;
 use storage::StorageError;
-use storage::catalog::Look;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::{PartialRecord, SessionRecord, TopicOntology, TopicRecord, TopicTotals};
+use storage::catalog::{Look, Txn};
 use storage::chunk::{BatchMark, TopicEncoder};
 use storage::ids::{TopicId, TopicNo};
 use storage::ontology::{Origin, Relation, relate};
@@ -126,17 +126,26 @@ impl Lifecycle {
             .change(move |txn, live| {
                 let (topic, totals) = check_upload(txn, live, &locator, key, resume_from)?;
                 let begun = if totals.batches > 0 { txn.topic_schema(topic.no)? } else { None };
-                let (ontology, note) = registry.admit(txn, offered)?;
-                match begun {
-                    Some(message) => check_same_upload(&locator, &message, &wire)?,
+                let tail = txn.tail(topic.no, totals.chunk_batches)?.iter().map(|run| run.data_bytes).sum();
+                // What comes behind a new version in the registry must not fail: the version would be known in
+                // memory and not in the catalog.
+                let ontology = match begun {
+                    Some(message) => {
+                        check_same_upload(&locator, &message, &wire)?;
+                        let version = txn.topic_ontology(topic.no)?.map(|of_topic| of_topic.version);
+                        registry.get(&topic.ontology_tag, version).ok_or(StorageError::Gone)?
+                    }
                     None => {
+                        let (ontology, note) = registry.admit(txn, offered)?;
                         let message = storage::schema::to_ipc(&wire);
                         txn.put_bytes(Family::Topics, keys::topic_schema(topic.no), message);
                         let of_topic = TopicOntology { version: ontology.record.version, note };
                         txn.put(Family::Topics, keys::topic_ontology(topic.no), &of_topic)?;
+                        ontology
                     }
-                }
-                let tail = txn.tail(topic.no, totals.chunk_batches)?.iter().map(|run| run.data_bytes).sum();
+                };
+                // Left by a crash while the topic was being accepted as it was.
+                txn.delete(Family::Topics, keys::topic_partial(topic.no));
                 if !live.open(topic.no, for_committer, totals, tail) {
                     return Err(LifecycleError::Busy { topic: locator });
                 }
@@ -148,14 +157,18 @@ impl Lifecycle {
             (mark.rows, mark.batches, mark.bytes) = (totals.rows, totals.batches, totals.data_bytes);
         });
         let begun = self.begun(&topic, &schema);
-        let (start, view) = match begun {
-            Ok(begun) => begun,
-            Err(error) => {
-                let no = topic.no;
-                self.committer.change(move |_, live| Ok::<_, LifecycleError>(live.close(no))).await?;
+        let (start, view, failed) = match begun {
+            Ok((start, view)) => (start, view, None),
+            Err(error) => (Start::default(), None, Some(error)),
+        };
+        if let Some(error) = failed {
+            let no = topic.no;
+            let ours = self.committer.change(move |_, live| Ok::<_, LifecycleError>(live.close(no))).await?;
+            if ours {
                 return Err(error);
             }
-        };
+            // Deleted meanwhile: the deletion waits for this upload's `Open`, and ends it.
+        }
         let open = Message::Open {
             topic: Box::new(topic.clone()),
             schema: Arc::clone(&schema),
@@ -216,23 +229,24 @@ impl Lifecycle {
                     let schema = Arc::new(TopicSchema::derive(storage::schema::from_ipc(&message)?)?);
                     let upload =
                         self.open_upload(topic.locator.clone(), topic.id, schema, Some(totals.batches)).await?;
-                    self.end_upload(upload.topic.no, End::Lock).await?;
+                    // Before the lock: no crash may leave a locked topic that does not say so.
+                    let marked = self.mark_partial(topic.no, totals).await;
+                    let end = if marked.is_ok() { End::Lock } else { End::Leave };
+                    self.end_upload(upload.topic.no, end).await?;
+                    marked?;
                 }
                 None => self.lock_empty(topic.no).await?,
             }
             let (rows, batches) = (totals.rows, totals.batches);
-            let no = topic.no;
-            self.committer
-                .change(move |txn, _| {
-                    let record = PartialRecord { rows, batches, accepted_at_ns: now_ns() };
-                    Ok::<_, LifecycleError>(txn.put(Family::Topics, keys::topic_partial(no), &record)?)
-                })
-                .await?;
             let text =
                 format!("finalized as it was: its upload was interrupted after {rows} rows in {batches} batches");
             self.notify(Subject::Topic(topic.locator), "error".to_owned(), text).await?;
         }
         Ok(())
+    }
+
+    async fn mark_partial(&self, no: TopicNo, totals: TopicTotals) -> Result<()> {
+        self.committer.change(move |txn, _| put_partial(txn, no, totals)).await
     }
 
     /// Locks a topic that never had a DoPut.
@@ -244,6 +258,7 @@ impl Lifecycle {
                     return Err(LifecycleError::Busy { topic: topic.locator });
                 }
                 topic.completed_at_ns = Some(now_ns());
+                put_partial(txn, no, TopicTotals::default())?;
                 Ok(txn.put(Family::Topics, keys::topic(no), &topic)?)
             })
             .await
@@ -279,6 +294,11 @@ impl Lifecycle {
             })
             .await
     }
+}
+
+fn put_partial(txn: &mut Txn<'_>, no: TopicNo, totals: TopicTotals) -> Result<()> {
+    let record = PartialRecord { rows: totals.rows, batches: totals.batches, accepted_at_ns: now_ns() };
+    Ok(txn.put(Family::Topics, keys::topic_partial(no), &record)?)
 }
 
 fn check_upload(

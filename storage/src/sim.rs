@@ -24,6 +24,7 @@ use std::rc::Rc;
 use tokio::sync::Notify;
 
 const SECTOR_BYTES: usize = 512;
+const PAUSE: u64 = 4;
 
 /// How often what goes wrong, of 1,000 operations.
 #[derive(Debug, Clone, Copy, Default)]
@@ -98,6 +99,8 @@ pub struct SimDisk {
     random: Rc<RefCell<Random>>,
     buffer_back: Rc<Notify>,
     crash: Rc<Notify>,
+    /// Turns that others may have before an operation, at most.
+    pause: u64,
 }
 
 /// An open file.
@@ -142,6 +145,7 @@ impl SimDisk {
             random: Rc::new(RefCell::new(Random::new(seed))),
             buffer_back: Rc::default(),
             crash: Rc::default(),
+            pause: PAUSE,
         }
     }
 
@@ -173,7 +177,13 @@ impl SimDisk {
             random: Rc::new(RefCell::new(Random::new(random.bits()))),
             buffer_back: Rc::default(),
             crash: Rc::default(),
+            pause: PAUSE,
         }
+    }
+
+    /// The same disk for a thread that is slow: others have up to `pause` turns before each operation.
+    pub fn slowed(&self, pause: u64) -> Self {
+        Self { pause, ..self.clone() }
     }
 
     /// Crashes after so many operations more.
@@ -191,7 +201,7 @@ impl SimDisk {
 
     /// Counts an operation and lets others run before it; never returns once the disk has crashed.
     async fn step(&self) {
-        let pause = self.random.borrow_mut().below(4);
+        let pause = self.random.borrow_mut().below(self.pause);
         for _ in 0..pause {
             tokio::task::yield_now().await;
         }

@@ -193,6 +193,11 @@ impl<D: Disk> SegmentWriter<D> {
         self
     }
 
+    /// The number that the next segment will have: all of this upload's are below.
+    pub fn next_segment(&self) -> u32 {
+        self.next_no
+    }
+
     fn retire(&mut self) {
         if let Some(current) = self.current.take() {
             self.prealloc.give_back(current.allocated.saturating_sub(current.write_at));
