@@ -7,40 +7,32 @@
 use crate::config::{Config, EngineChoice};
 use crate::flight::server::Listeners;
 use crate::flight::service::Shared;
+use crate::folder::{FORMAT_VERSION, Opened};
+use crate::health::Health;
 use crate::ingest::admit::Budget;
 use crate::ingest::committer::{self, CommitHandle};
 use crate::ingest::lane::{Receiver, lane};
 use crate::ingest::steward::{self, StewardHandle};
 use crate::ingest::writer::{self, Message, PreallocBudget, WriterHandles};
-use crate::lifecycle::{Lifecycle, LifecycleError, is_locked};
+use crate::lifecycle::Lifecycle;
 use crate::ontology::Registry;
 use crate::stats::{Station, Stats};
-use crate::{host, limits, systemd};
-use std::fs::File;
+use crate::{folder, host, housekeeping, limits, recovery, systemd};
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use storage::catalog::keys::{self, Family};
-use storage::catalog::records::{TopicOntology, TopicRecord};
-use storage::catalog::skip::unfolded_topics;
-use storage::catalog::{Catalog, Look};
+use storage::catalog::Catalog;
 use storage::disk::{Disk, DiskState, Engine, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
-use storage::ontology::Origin;
 use storage::read::{self, Loader};
-use storage::{StorageError, posix, recover, uring};
+use storage::recover::Receipt;
+use storage::{posix, uring};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 type AnyError = Box<dyn std::error::Error>;
-
-/// On-disk format written by this version; a newer one is refused.
-const FORMAT_VERSION: u32 = 2;
-/// The kernel keeps a dead process's ring files, and so its lock, for a moment.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is left out so that the rest can be measured.
 #[derive(Debug, Clone, Copy)]
@@ -55,33 +47,32 @@ pub(crate) struct Bench {
 pub(crate) fn run(config: Config, bench: Bench) -> Result<(), AnyError> {
     let started = Instant::now();
     host::raise_descriptor_limit();
-    let (_lock, format) = prepare_data_dir(&config.data_dir)?;
+    let (_lock, format) = folder::prepare(&config.data_dir)?;
     let disk = uring::probe(&config.data_dir, config.engine == EngineChoice::Auto);
     for note in &disk.notes {
         tracing::warn!("{note}");
     }
-    let catalog = Catalog::open(&config.data_dir.join("catalog"), disk.direct)?;
+    systemd::status("recovering");
+    let Opened { catalog, was, rebuilt } = folder::open_catalog(&config.data_dir, &disk)?;
+    if let Some(was) = &was {
+        tracing::error!(%was, "the catalog was damaged");
+    }
     let stats = Arc::new(Stats::default());
+    let health = Arc::new(Health::default());
     let counters = IoCounters::shared();
-    let (committer, committer_thread) = committer::start(catalog.clone(), Arc::clone(&stats))?;
-    let (steward, steward_thread) = start_steward(&config, &disk, &catalog, &committer, &counters)?;
+    let (committer, committer_thread) = committer::start(catalog.clone(), Arc::clone(&stats), Arc::clone(&health))?;
+    let (steward, steward_thread) = start_steward(&config, &disk, &catalog, &committer, &counters, &health)?;
     let (loader, reader_thread) = start_reader(&config, &disk, &counters)?;
 
     let front = tokio::runtime::Builder::new_multi_thread().thread_name("fb-front").enable_all().build()?;
     let control =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("fb-control").enable_all().build()?;
-    systemd::status("recovering");
-    let recovered = front.block_on(recover_all(&config, &catalog, &steward))?;
+    housekeeping::look_at_space(&config, &health, false);
+    front.block_on(recovery::migrate_before(format, &catalog, &committer))?;
+    let told = Receipt { catalog_was: was.clone(), rebuilt, ..Receipt::default() };
+    let recovered = front.block_on(recovery::recover_all(&config, &catalog, &committer, &steward, told))?;
     let registry = front.block_on(Registry::load(&catalog, &committer, config.ontology))?;
-    if format < FORMAT_VERSION {
-        front.block_on(migrate_from_1(&catalog, &committer, &registry))?;
-        write_format(&config.data_dir)?;
-        tracing::info!(
-            from = format,
-            to = FORMAT_VERSION,
-            "data folder migrated; `flightbox reindex` speeds up its queries"
-        );
-    }
+    front.block_on(recovery::migrate_after(format, &config, &catalog, &committer, &registry))?;
 
     let budget = Budget::new(config.memory_budget_bytes);
     let context = writer::Context {
@@ -96,6 +87,7 @@ pub(crate) fn run(config: Config, bench: Bench) -> Result<(), AnyError> {
         steward: steward.clone(),
         counters: Arc::clone(&counters),
         stats: Arc::clone(&stats),
+        health: Arc::clone(&health),
     };
     let (writers, writer_threads) = start_writers(&config, &disk, &context)?;
     drop(context);
@@ -119,6 +111,7 @@ pub(crate) fn run(config: Config, bench: Bench) -> Result<(), AnyError> {
         lifecycle,
         budget,
         stats: Arc::clone(&stats),
+        health,
         counters,
         disk,
         null_sink: bench.null_sink,
@@ -126,9 +119,16 @@ pub(crate) fn run(config: Config, bench: Bench) -> Result<(), AnyError> {
         control: control.handle().clone(),
         stopping: stopping.clone(),
     });
-    front.block_on(serve(Arc::clone(&shared), stop, stopping, &recovered, started))?;
+    let keeper = control.spawn(housekeeping::run(Arc::clone(&shared)));
+    let served = front.block_on(serve(Arc::clone(&shared), stop, stopping, &recovered, started));
 
     front.block_on(writers.stop());
+    if front.block_on(keeper).is_err() {
+        tracing::error!("housekeeping panicked");
+    }
+    if let Err(error) = folder::mark_synced(&shared.config.data_dir, &shared.lifecycle.catalog) {
+        tracing::warn!(%error, "how far the catalog reaches was not noted");
+    }
     front.shutdown_timeout(Duration::from_secs(1));
     control.shutdown_timeout(Duration::from_secs(1));
     log_summary(&stats);
@@ -138,7 +138,7 @@ pub(crate) fn run(config: Config, bench: Bench) -> Result<(), AnyError> {
         join(thread);
     }
     tracing::info!("stopped");
-    Ok(())
+    served
 }
 
 /// A stopped recorder's folder, opened for a command.
@@ -153,13 +153,14 @@ pub(crate) fn offline<F, R>(config: &Config, command: impl FnOnce(Offline) -> F)
 where
     F: Future<Output = Result<R, AnyError>>,
 {
-    let (_lock, format) = prepare_data_dir(&config.data_dir)?;
+    let (_lock, format) = folder::prepare(&config.data_dir)?;
     if format < FORMAT_VERSION {
         return Err("the folder has an older format; start `flightbox serve` on it once, which migrates it".into());
     }
     let disk = uring::probe(&config.data_dir, config.engine == EngineChoice::Auto);
-    let catalog = Catalog::open(&config.data_dir.join("catalog"), disk.direct)?;
-    let (committer, committer_thread) = committer::start(catalog.clone(), Arc::new(Stats::default()))?;
+    let catalog = folder::open_catalog(&config.data_dir, &disk)?.catalog;
+    let (committer, committer_thread) =
+        committer::start(catalog.clone(), Arc::new(Stats::default()), Arc::new(Health::default()))?;
     let (loader, reader_thread) = start_reader(config, &disk, &IoCounters::shared())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(command(Offline { catalog, committer, loader }));
@@ -176,93 +177,8 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// Makes the folder, takes its lock, checks its format and returns it.
-fn prepare_data_dir(dir: &Path) -> Result<(File, u32), AnyError> {
-    for folder in [dir.to_owned(), dir.join("sequences"), dir.join("browse")] {
-        std::fs::create_dir_all(&folder).map_err(|error| StorageError::io("make folder", &folder, error))?;
-    }
-    let path = dir.join("LOCK");
-    let lock = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|error| StorageError::io("open", &path, error))?;
-    let since = Instant::now();
-    while let Err(error) = rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        if since.elapsed() > LOCK_PATIENCE {
-            let text =
-                format!("{} is in use by another flightbox ({error}); stop it or choose another --data", dir.display());
-            return Err(StorageError::Directory(text).into());
-        }
-        std::thread::park_timeout(Duration::from_millis(50));
-    }
-    let format = check_format(dir)?;
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| StorageError::io("sync folder", dir, error))?;
-    Ok((lock, format))
-}
-
-fn check_format(dir: &Path) -> Result<u32, AnyError> {
-    let path = dir.join("format-version");
-    match std::fs::read_to_string(&path) {
-        Ok(text) => match text.trim().parse::<u32>() {
-            Ok(version) if version <= FORMAT_VERSION => Ok(version),
-            Ok(version) => Err(StorageError::Directory(format!(
-                "{} has format {version}, this flightbox writes {FORMAT_VERSION}; use a newer flightbox",
-                dir.display()
-            ))
-            .into()),
-            Err(_) => {
-                Err(StorageError::Directory(format!("{} does not hold a number: {text:?}", path.display())).into())
-            }
-        },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            write_format(dir)?;
-            Ok(FORMAT_VERSION)
-        }
-        Err(error) => Err(StorageError::io("read", &path, error).into()),
-    }
-}
-
-fn write_format(dir: &Path) -> Result<(), AnyError> {
-    let (path, fresh) = (dir.join("format-version"), dir.join("format-version.new"));
-    let made = std::fs::write(&fresh, format!("{FORMAT_VERSION}\n"))
-        .and_then(|()| File::open(&fresh)?.sync_all())
-        .and_then(|()| std::fs::rename(&fresh, &path))
-        .and_then(|()| File::open(dir)?.sync_all());
-    Ok(made.map_err(|error| StorageError::io("write", &path, error))?)
-}
-
-/// Format 1 knew no ontologies: its topics get their version and their place under their tag, in one
-/// synced step. Their chunks have no entry in the index, so queries read them until `flightbox reindex`.
-async fn migrate_from_1(
-    catalog: &Catalog,
-    committer: &CommitHandle,
-    registry: &Arc<Registry>,
-) -> Result<(), LifecycleError> {
-    let registry = Arc::clone(registry);
-    let catalog = catalog.clone();
-    committer
-        .change(move |txn, _| {
-            for sequence in catalog.sequences()? {
-                for topic in catalog.topics_of(sequence.id)? {
-                    txn.put_topic(&topic)?;
-                    let Some(message) = catalog.topic_schema(topic.no)? else { continue };
-                    let wire = storage::schema::from_ipc(&message)?;
-                    let offered = Registry::offer(&topic.ontology_tag, &wire, Origin::FirstUse)?;
-                    let (ontology, note) = registry.adopt(txn, offered)?;
-                    let of_topic = TopicOntology { version: ontology.record.version, note };
-                    txn.put(Family::Topics, keys::topic_ontology(topic.no), &of_topic)?;
-                    txn.delete_prefix(Family::Skip, keys::of_topic(topic.no));
-                }
-            }
-            Ok::<_, LifecycleError>(())
-        })
-        .await
-}
-
 /// Runs a body on a thread with a disk of the engine that was found.
-fn on_disk<B>(name: &str, disk: &DiskState, buffers: usize, body: B) -> io::Result<JoinHandle<()>>
+pub(crate) fn on_disk<B>(name: &str, disk: &DiskState, buffers: usize, body: B) -> io::Result<JoinHandle<()>>
 where
     B: DiskBody + Send + 'static,
 {
@@ -279,7 +195,7 @@ where
 }
 
 /// Work that runs on any disk. (A closure cannot be generic over the disk's type.)
-trait DiskBody {
+pub(crate) trait DiskBody {
     fn run<D: Disk>(self, disk: D) -> impl Future<Output = ()>;
 }
 
@@ -326,6 +242,7 @@ fn start_steward(
     catalog: &Catalog,
     committer: &CommitHandle,
     counters: &Arc<IoCounters>,
+    health: &Arc<Health>,
 ) -> io::Result<(StewardHandle, JoinHandle<()>)> {
     let (handle, jobs) = StewardHandle::new();
     let context = steward::Context {
@@ -333,6 +250,7 @@ fn start_steward(
         committer: committer.clone(),
         data_dir: config.data_dir.clone(),
         counters: Arc::clone(counters),
+        health: Arc::clone(health),
     };
     let thread = on_disk("fb-steward", disk, RING_BUFFERS_PER_SERVICE, StewardBody { jobs, context })?;
     Ok((handle, thread))
@@ -365,98 +283,11 @@ fn start_writers(
     Ok((WriterHandles::new(lanes), threads))
 }
 
-/// What recovery found and did.
-#[derive(Debug, Default)]
-pub(crate) struct Recovered {
-    sealed_topics: u64,
-    interrupted_topics: u64,
-    interrupted_rows: u64,
-    deletions_finished: u64,
-    orphans_removed: u64,
-}
-
-/// The start-up pass (design.md section 6): finishes deletions, seals, removes what nobody owns,
-/// makes links again. A second pass finds nothing to do.
-pub(crate) async fn recover_all(
-    config: &Config,
-    catalog: &Catalog,
-    steward: &StewardHandle,
-) -> Result<Recovered, AnyError> {
-    let mut done = Recovered::default();
-    // One file that cannot be handled is reported and left for the next start: it must not keep the
-    // appliance from starting (INV-9).
-    for deletion in catalog.deletions()? {
-        match steward.remove(deletion.ticket, deletion.folders).await {
-            Ok(()) => done.deletions_finished += 1,
-            Err(error) => tracing::warn!(%error, "a deletion could not be finished"),
-        }
-    }
-    for orphan in recover::orphans(catalog, &config.data_dir)? {
-        let removed = if orphan.is_dir() { std::fs::remove_dir_all(&orphan) } else { std::fs::remove_file(&orphan) };
-        match removed {
-            Ok(()) => {
-                tracing::info!(path = %orphan.display(), "removed: no record owns it");
-                done.orphans_removed += 1;
-            }
-            Err(error) => {
-                tracing::warn!(path = %orphan.display(), %error, "no record owns it, and it cannot be removed")
-            }
-        }
-    }
-    for sequence in catalog.sequences()? {
-        for topic in catalog.topics_of(sequence.id)? {
-            recover_topic(catalog, steward, topic, &mut done).await?;
-        }
-        let name = sequence.name.clone();
-        if is_locked(&catalog.sessions_of(sequence.id)?)
-            && let Err(error) = steward.link(sequence).await
-        {
-            tracing::warn!(sequence = name, %error, "browse links not made");
-        }
-    }
-    for topic in unfolded_topics(catalog)? {
-        if let Err(error) = steward.fold(topic).await {
-            tracing::warn!(%topic, %error, "index not packed; queries read it as it is");
-        }
-    }
-    Ok(done)
-}
-
-async fn recover_topic(
-    catalog: &Catalog,
-    steward: &StewardHandle,
-    topic: TopicRecord,
-    done: &mut Recovered,
-) -> Result<(), AnyError> {
-    let totals = catalog.totals(topic.no)?;
-    let locked = topic.completed_at_ns.is_some();
-    let segments = catalog.segments(topic.no)?;
-    if !locked && totals.batches > 0 {
-        tracing::info!(
-            topic = %topic.locator,
-            rows = totals.rows,
-            batches = totals.batches,
-            "interrupted topic: its durable prefix is kept"
-        );
-        done.interrupted_topics += 1;
-        done.interrupted_rows += totals.rows;
-    }
-    if segments.iter().any(|segment| segment.sealed_length.is_none()) || (locked && segments.is_empty()) {
-        let locator = topic.locator.clone();
-        match steward.seal_recovered(topic, locked).await {
-            Ok(()) => done.sealed_topics += 1,
-            // Readable all the same: the catalog has its chunks.
-            Err(error) => tracing::warn!(topic = locator, %error, "segment not sealed"),
-        }
-    }
-    Ok(())
-}
-
 async fn serve(
     shared: Arc<Shared>,
     stop: watch::Sender<bool>,
     stopping: watch::Receiver<bool>,
-    recovered: &Recovered,
+    recovered: &Receipt,
     started: Instant,
 ) -> Result<(), AnyError> {
     // Before READY: who is told so may ask to stop at once, and a signal without its handler kills.
@@ -471,16 +302,27 @@ async fn serve(
         registered = shared.disk.registered,
         writers = shared.config.writers,
         budget_mib = shared.config.memory_budget_bytes >> 20,
-        ?recovered,
+        interrupted_topics = recovered.topics.iter().filter(|topic| !topic.locked).count(),
+        orphans_removed = recovered.orphans_removed.len(),
+        deletions_finished = recovered.deletions_finished,
         start_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         "ready"
     );
     systemd::ready(&format!("listening on {address}"));
+    let mut corrupt = shared.health.corrupt.subscribe();
+    let data_dir = shared.config.data_dir.clone();
     let mut server = tokio::spawn(listeners.serve(shared, stopping));
+    let mut outcome = Ok(());
     tokio::select! {
         ended = &mut server => {
             // The server ends by itself only when it failed.
             ended??;
+        }
+        found = corrupt.wait_for(Option::is_some) => {
+            let cause = found.map(|cause| cause.clone().unwrap_or_default()).unwrap_or_default();
+            tracing::error!(%cause, "the catalog is damaged: stopping, so that the next start makes it again from the files");
+            folder::ask_for_rebuild(&data_dir, &cause)?;
+            outcome = Err(format!("the catalog is damaged ({cause}); start again, it is made anew from the files").into());
         }
         _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
         _ = interrupt.recv() => tracing::info!("interrupted: stopping"),
@@ -491,7 +333,7 @@ async fn serve(
         tracing::info!("open calls were cut after {:?}", limits::SHUTDOWN_DRAIN);
         server.abort();
     }
-    Ok(())
+    outcome
 }
 
 /// One line at the end: how much, and the stations' times.

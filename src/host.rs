@@ -58,6 +58,7 @@ pub(crate) fn facts(data_dir: &Path) -> HostFacts {
         memory_bytes: pages.totalram as u64 * u64::from(pages.mem_unit),
         cores: std::thread::available_parallelism().map_or(1, usize::from),
         free_bytes: free_bytes(data_dir).unwrap_or(0),
+        disk_bytes: rustix::fs::statvfs(existing(data_dir)).map_or(0, |stat| stat.f_blocks * stat.f_frsize),
     }
 }
 

@@ -21,6 +21,19 @@ pub(crate) const COMMIT_LANE_DEPTH: usize = 4096;
 /// Most bytes in one grouped commit. Larger groups would delay every acknowledgement in them.
 pub(crate) const COMMIT_GROUP_BYTES_MAX: usize = 16 << 20;
 
+/// Pauses between attempts to open the catalog again after a failed commit: they double from the first to
+/// the second. Shorter: a full disk is hammered. Longer: a recorder stands still after it has space again.
+pub(crate) const REOPEN_PAUSE_MIN: Duration = Duration::from_millis(50);
+/// See [`REOPEN_PAUSE_MIN`].
+pub(crate) const REOPEN_PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// How long an attempt to open the catalog again waits for readers to let go of it.
+pub(crate) const REOPEN_READERS_WAIT: Duration = Duration::from_secs(10);
+
+/// Commits in a row that fail by corruption, with the catalog opened again between them, before the catalog
+/// is given up: it is made again from the files at the next start.
+pub(crate) const CORRUPT_COMMITS_MAX: u32 = 3;
+
 /// Messages a writer takes from its lane before it decides and lets others run.
 pub(crate) const GATHER_SLICE: usize = 64;
 
@@ -121,6 +134,9 @@ pub(crate) const STREAM_WINDOW_BYTES_MIN: u64 = 64 << 10;
 
 /// Attempts at writing one chunk, each into a new segment, before its stream ends with the cause.
 pub(crate) const CHUNK_ATTEMPTS_MAX: usize = 3;
+
+/// How long a chunk that met a full disk waits for the reserve before it is tried again.
+pub(crate) const RESERVE_WAIT: Duration = Duration::from_secs(2);
 
 /// How long shutdown waits for open uploads before it ends them with their durable prefix.
 pub(crate) const SHUTDOWN_DRAIN: Duration = Duration::from_secs(5);

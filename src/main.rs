@@ -4,12 +4,17 @@ mod cli;
 mod config;
 mod daemon;
 mod flight;
+mod folder;
+mod health;
 mod host;
+mod housekeeping;
 mod ingest;
 mod lifecycle;
 mod limits;
 mod ontology;
 mod query;
+mod recovery;
+mod scrub;
 #[cfg(test)]
 mod simulation;
 mod stats;

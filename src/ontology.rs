@@ -136,7 +136,14 @@ impl Registry {
     /// Registers a schema; the version that is there already if it is the same.
     pub(crate) fn register(&self, txn: &mut Txn<'_>, offered: Ontology) -> Result<Arc<Ontology>, RegistryError> {
         match self.same(&offered) {
-            Some(known) => Ok(known),
+            Some(known) => {
+                // Known here, and missing there after a commit that failed.
+                let key = keys::ontology(&known.record.tag, known.record.version);
+                if txn.get(Family::Ontologies, &key)?.is_none() {
+                    txn.put(Family::Ontologies, key, &known.record)?;
+                }
+                Ok(known)
+            }
             None => self.add(txn, offered),
         }
     }

@@ -7,7 +7,7 @@
 
 use crate::config::raw::Raw;
 use crate::config::{Config, HostFacts, OntologyMode};
-use crate::daemon::recover_all;
+use crate::health::Health;
 use crate::ingest::admit::Budget;
 use crate::ingest::committer::{self, End};
 use crate::ingest::gather::ChunkRule;
@@ -18,6 +18,7 @@ use crate::ingest::writer::{self, Message, PreallocBudget, WriterHandles};
 use crate::lifecycle::{Lifecycle, NewTopic, UploadKey};
 use crate::limits;
 use crate::ontology::Registry;
+use crate::recovery::recover_all;
 use crate::stats::Stats;
 use arrow::array::{ArrayRef, AsArray, BinaryArray, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
@@ -32,6 +33,7 @@ use storage::chunk::{BatchMark, Compression, Format, data_bytes};
 use storage::disk::IoCounters;
 use storage::ids::{SequenceId, TopicId};
 use storage::read::{self, Loader, RowStream, TopicView, Window};
+use storage::recover::Receipt;
 use storage::schema::TopicSchema;
 use storage::sim::{Faults, Random, SimDisk};
 use tokio::sync::mpsc;
@@ -118,18 +120,20 @@ fn begin(disk: &SimDisk, store: &Path) -> Life {
 fn begin_with(disk: &SimDisk, store: &Path, lag: u64) -> Life {
     let mut raw = Raw::defaults();
     raw.set("data_dir", store.join("data").display().to_string(), "test").expect("a key");
-    let host = HostFacts { memory_bytes: 1 << 30, cores: 1, free_bytes: 1 << 30 };
+    let host = HostFacts { memory_bytes: 1 << 30, cores: 1, free_bytes: 1 << 30, disk_bytes: 1 << 30 };
     let config = Config::check(&raw, &host).expect("defaults");
-    let catalog = Catalog::open_small(&store.join("catalog")).expect("the catalog opens");
+    let catalog = Catalog::open_small(&store.join("catalog"), None).expect("the catalog opens");
     let (stats, counters) = (Arc::new(Stats::default()), IoCounters::shared());
     let (committer, commits) = committer::pair();
-    tokio::task::spawn_local(committer::run(catalog.clone(), commits, Arc::clone(&stats)));
+    let health = Arc::new(Health::default());
+    tokio::task::spawn_local(committer::run(catalog.clone(), commits, Arc::clone(&stats), Arc::clone(&health)));
     let (steward, jobs) = StewardHandle::new();
     let context = steward::Context {
         catalog: catalog.clone(),
         committer: committer.clone(),
         data_dir: config.data_dir.clone(),
         counters: Arc::clone(&counters),
+        health: Arc::clone(&health),
     };
     tokio::task::spawn_local(steward::serve(disk.slowed(lag), jobs, context));
     let (reads, jobs) = mpsc::channel(limits::SERVICE_LANE_DEPTH);
@@ -151,6 +155,7 @@ fn begin_with(disk: &SimDisk, store: &Path, lag: u64) -> Life {
         steward: steward.clone(),
         counters,
         stats,
+        health,
     };
     let (to_writer, from_front) = lane(limits::WRITER_LANE_DEPTH);
     tokio::task::spawn_local(writer::run(disk.clone(), from_front, context));
@@ -371,7 +376,9 @@ async fn check_topic(life: &Life, topic: &TopicLedger) {
     if locked {
         assert_eq!(totals.batches, topic.sent, "INV-12: {name} is locked without all of its batches");
     }
-    let view = TopicView::load(&catalog.view(), &life.lifecycle.data_dir, record).expect("readable");
+    let pin = catalog.pin().expect("open");
+    let view = TopicView::load(&pin.view(), &life.lifecycle.data_dir, record).expect("readable");
+    drop(pin);
     let Some(view) = view else {
         assert_eq!(totals.batches, 0, "INV-1: {name} has no schema");
         return;
@@ -395,7 +402,8 @@ async fn check_topic(life: &Life, topic: &TopicLedger) {
 /// Recovers, checks, and recovers again, which must change nothing (INV-5).
 async fn recover_and_check(life: &Life, disk: &SimDisk, ledger: &Ledger) {
     let recover = async || {
-        let done = recover_all(&life.config, &life.lifecycle.catalog, &life.steward).await;
+        let (catalog, committer) = (&life.lifecycle.catalog, &life.lifecycle.committer);
+        let done = recover_all(&life.config, catalog, committer, &life.steward, Receipt::default()).await;
         done.expect("INV-9: recovery ends");
     };
     recover().await;
@@ -434,7 +442,7 @@ fn run_seed(seed: u64, planted: Faults) -> u64 {
                 tokio::select! {
                     biased;
                     () = disk.crashed() => return,
-                    _ = recover_all(&life.config, &life.lifecycle.catalog, &life.steward) => {}
+                    _ = recover_all(&life.config, &life.lifecycle.catalog, &life.lifecycle.committer, &life.steward, Receipt::default()) => {}
                 }
             }
             disk.arm(u64::MAX / 2, planted);

@@ -67,6 +67,8 @@ pub(crate) struct Stats {
     pub(crate) tail_runs: AtomicU64,
     /// Synced groups.
     pub(crate) groups: AtomicU64,
+    /// Groups whose commit failed.
+    pub(crate) commit_failures: AtomicU64,
     /// Uploads open now.
     pub(crate) uploads: AtomicU64,
 }
@@ -92,6 +94,7 @@ impl Default for Stats {
             chunks: AtomicU64::new(0),
             tail_runs: AtomicU64::new(0),
             groups: AtomicU64::new(0),
+            commit_failures: AtomicU64::new(0),
             uploads: AtomicU64::new(0),
         }
     }

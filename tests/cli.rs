@@ -123,7 +123,7 @@ fn inv_6_a_lost_index_is_noticed_and_made_anew_from_the_segments() {
     assert!(before.contains("3 topics") && before.contains("0 different"), "{before}");
     {
         let catalog = Catalog::open(&server.data().join("catalog"), false).expect("the catalog");
-        let mut group = catalog.group();
+        let mut group = catalog.group().expect("a group");
         let lose = |txn: &mut storage::catalog::Txn<'_>| -> storage::error::Result<()> {
             txn.delete_prefix(Family::Skip, b"b".to_vec());
             Ok(())

@@ -108,7 +108,7 @@ fn generate(data: &Path, chunks: u64) -> Result<(), Box<dyn Error>> {
     let ontologies = TAGS.map(|tag| Ontology::new(tag, 1, Origin::Registered, 0, Arc::clone(&schema)));
     let [motion, place] = ontologies;
     let ontologies = [motion?, place?];
-    let mut group = catalog.group();
+    let mut group = catalog.group()?;
     group.change(|txn| {
         for ontology in &ontologies {
             txn.put(Family::Ontologies, keys::ontology(&ontology.record.tag, 1), &ontology.record)?;
@@ -118,7 +118,7 @@ fn generate(data: &Path, chunks: u64) -> Result<(), Box<dyn Error>> {
     group.commit()?;
     let mut owner = None;
     for topic in 0..chunks / CHUNKS_PER_TOPIC {
-        let mut group = catalog.group();
+        let mut group = catalog.group()?;
         if topic % TOPICS_PER_SEQUENCE == 0 {
             owner = Some(group.change(|txn| sequence(txn, topic / TOPICS_PER_SEQUENCE))?);
         }

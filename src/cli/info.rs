@@ -7,9 +7,14 @@ use serde_json::Value;
 use std::io::Write;
 use std::process::ExitCode;
 
-pub(super) fn run(config: &Config, json: bool) -> Result<ExitCode, Box<dyn std::error::Error>> {
+pub(super) fn run(config: &Config, json: bool, recovery: bool) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let info = super::runtime()?.block_on(async { Client::connect(config.listen).await?.appliance_info().await })?;
-    let text = if json { serde_json::to_string_pretty(&info)? } else { render(&info) };
+    let text = match (recovery, json) {
+        (true, true) => serde_json::to_string_pretty(&info["recovery"])?,
+        (true, false) => super::recover::render(&info["recovery"]),
+        (false, true) => serde_json::to_string_pretty(&info)?,
+        (false, false) => render(&info),
+    };
     writeln!(std::io::stdout(), "{text}")?;
     Ok(ExitCode::SUCCESS)
 }
@@ -32,6 +37,12 @@ fn render(info: &Value) -> String {
     for note in info["notes"].as_array().into_iter().flatten() {
         lines.push(format!("note: {}", note.as_str().unwrap_or("")));
     }
+    lines.push(format!(
+        "health: catalog {}, disk space {} ({} free)",
+        text("/health/catalog"),
+        text("/health/space"),
+        bytes(number("/health/free_bytes"))
+    ));
     lines.push(format!(
         "stored: {} sequences, {} topics, {} rows, {} chunks, {}",
         number("/stored/sequences"),

@@ -7,8 +7,10 @@ mod info;
 mod list;
 mod ontology;
 mod query;
+mod recover;
 mod reindex;
 mod serve;
+mod verify;
 
 use crate::config::raw::Raw;
 use crate::config::{Config, ConfigError};
@@ -48,6 +50,29 @@ enum Command {
         #[command(flatten)]
         settings: Settings,
         /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        /// Only what the last recovery found and did.
+        #[arg(long)]
+        recovery: bool,
+    },
+    /// Read everything and compare every byte with what was written, of a running or a stopped recorder.
+    /// Exit code 1 if something is wrong; damaged chunks are marked and left out of reads.
+    Verify {
+        #[command(flatten)]
+        settings: Settings,
+        /// Only this sequence.
+        #[arg(long, value_name = "NAME")]
+        sequence: Option<String>,
+        /// Print the report as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// For the worst day: set the catalog of a stopped recorder aside and make another from the files.
+    Recover {
+        #[command(flatten)]
+        settings: Settings,
+        /// Print the receipt as JSON.
         #[arg(long)]
         json: bool,
     },
@@ -166,7 +191,9 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 pub(crate) fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
     match Cli::parse().command {
         Command::Serve { settings, null_sink, no_index } => serve::run(settings.load()?, Bench { null_sink, no_index }),
-        Command::Info { settings, json } => info::run(&settings.load()?, json),
+        Command::Info { settings, json, recovery } => info::run(&settings.load()?, json, recovery),
+        Command::Verify { settings, sequence, json } => verify::run(&settings.load()?, sequence.as_deref(), json),
+        Command::Recover { settings, json } => recover::run(&settings.load()?, json),
         Command::Doctor(settings) => doctor::run(&settings.load()?),
         Command::Ls { settings, pattern, json } => list::ls(&settings.load()?, pattern.as_deref(), json),
         Command::Show { settings, locator, json } => list::show(&settings.load()?, &locator, json),

@@ -54,7 +54,8 @@ async fn reindex(config: &Config, offline: &Offline, topic: TopicRecord, check: 
     let nothing = Found { chunks: 0, different: 0 };
     let Some(ontology) = offline.catalog.ontology_of(topic.no)? else { return Ok(nothing) };
     let (view, before) = {
-        let catalog = offline.catalog.view();
+        let pin = offline.catalog.pin()?;
+        let catalog = pin.view();
         let Some(view) = TopicView::load(&catalog, &config.data_dir, topic.clone())? else { return Ok(nothing) };
         let rows: Vec<u64> = view.chunks().iter().map(|chunk| chunk.first_row).collect();
         let before = indexed(&catalog, topic.no, &ontology, &rows)?;

@@ -61,10 +61,18 @@ pub(crate) struct Config {
     pub(crate) tail_max_age: Duration,
     pub(crate) segment_bytes: u64,
     pub(crate) prealloc_bytes: u64,
+    /// Kept free so that what was taken can always be brought to its end on a full disk.
+    pub(crate) reserve_bytes: u64,
+    /// How long a topic stays without a stream before its tail is closed into a chunk.
+    pub(crate) idle_topic: Duration,
     pub(crate) compression: Compression,
     pub(crate) ontology: OntologyMode,
     /// Whether interrupted recordings are finalized at start, as they are.
     pub(crate) seal_on_restart: bool,
+    /// Whether reads leave out damaged chunks, and say so; otherwise they fail.
+    pub(crate) skip_damage: bool,
+    /// Bytes a second that the scrub reads while nothing else happens; 0: none.
+    pub(crate) scrub_rate: u64,
     pub(crate) legacy_session_reply: bool,
     pub(crate) log_json: bool,
     pub(crate) log_level: String,
@@ -103,6 +111,10 @@ impl Config {
             "auto" => (host.free_bytes / 100).min(4 << 30),
             _ => size(raw.get("prealloc_bytes"))?,
         };
+        let reserve_bytes = match raw.get("reserve_bytes").text.as_str() {
+            "auto" => (host.disk_bytes / 50).min(1 << 30),
+            _ => size(raw.get("reserve_bytes"))?,
+        };
         let unix = raw.get("unix_socket");
         Ok(Self {
             data_dir: PathBuf::from(&raw.get("data_dir").text),
@@ -131,6 +143,8 @@ impl Config {
             tail_max_age: duration(raw.get("tail_max_age"))?,
             segment_bytes,
             prealloc_bytes,
+            reserve_bytes,
+            idle_topic: duration(raw.get("idle_topic"))?,
             compression: Compression::from_name(&raw.get("compression").text)
                 .ok_or_else(|| refuse(raw.get("compression"), "is none of none, lz4, zstd"))?,
             ontology: match raw.get("ontology").text.as_str() {
@@ -143,6 +157,12 @@ impl Config {
                 "seal" => true,
                 _ => return Err(refuse(raw.get("on_restart"), "is none of keep, seal")),
             },
+            skip_damage: match raw.get("on_damage").text.as_str() {
+                "skip" => true,
+                "fail" => false,
+                _ => return Err(refuse(raw.get("on_damage"), "is none of skip, fail")),
+            },
+            scrub_rate: size(raw.get("scrub_rate"))?,
             legacy_session_reply: boolean(raw.get("legacy_session_reply"))?,
             log_json: match raw.get("log_format").text.as_str() {
                 "human" => false,
@@ -169,6 +189,8 @@ pub(crate) struct HostFacts {
     pub(crate) memory_bytes: u64,
     pub(crate) cores: usize,
     pub(crate) free_bytes: u64,
+    /// Size of the file system.
+    pub(crate) disk_bytes: u64,
 }
 
 fn refuse(setting: &Setting, why: &str) -> ConfigError {
@@ -214,7 +236,8 @@ fn parse_with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 mod tests {
     use super::*;
 
-    const HOST: HostFacts = HostFacts { memory_bytes: 16 << 30, cores: 8, free_bytes: 100 << 30 };
+    const HOST: HostFacts =
+        HostFacts { memory_bytes: 16 << 30, cores: 8, free_bytes: 100 << 30, disk_bytes: 200 << 30 };
 
     fn check_text(text: &str) -> Result<Config, ConfigError> {
         let mut raw = Raw::defaults();

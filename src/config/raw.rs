@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Every key with its default, in the order of the shipped file.
-pub(crate) const KEYS: [(&str, &str); 23] = [
+pub(crate) const KEYS: [(&str, &str); 27] = [
     ("data_dir", "flightbox-data"),
     ("listen", "127.0.0.1:6726"),
     ("unix_socket", ""),
@@ -23,9 +23,13 @@ pub(crate) const KEYS: [(&str, &str); 23] = [
     ("tail_max_age", "60s"),
     ("segment_bytes", "256MiB"),
     ("prealloc_bytes", "auto"),
+    ("reserve_bytes", "auto"),
+    ("idle_topic", "1h"),
     ("compression", "none"),
     ("ontology", "open"),
     ("on_restart", "keep"),
+    ("on_damage", "skip"),
+    ("scrub_rate", "16MiB"),
     ("legacy_session_reply", "false"),
     ("log_format", "human"),
     ("log_level", "info"),

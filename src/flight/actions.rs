@@ -16,10 +16,11 @@ use serde_json::{Map, Value, json};
 use storage::catalog::Look;
 use storage::chunk::Format;
 use storage::ids::{SequenceId, SessionId};
+use storage::verify::verify_catalog;
 use tonic::Status;
 
 /// Every action with its description, for ListActions.
-pub(crate) const ACTIONS: [(&str, &str); 39] = [
+pub(crate) const ACTIONS: [(&str, &str); 41] = [
     ("sequence_create", "Create a sequence: {name|locator, user_metadata} -> {key} (v0) or nothing."),
     ("sequence_finalize", "v0: lock a sequence whose topics are all locked: {name, key, accept_partial?}."),
     ("sequence_abort", "v0: delete an unlocked sequence with everything in it: {name, key}."),
@@ -35,6 +36,11 @@ pub(crate) const ACTIONS: [(&str, &str); 39] = [
         "topic_status",
         "What is durable of a topic, to resume from: {locator|name} -> {rows, batches, bytes, last_time_ns, …}.",
     ),
+    (
+        "verify",
+        "Read a topic and compare every byte: {locator} -> {chunks, bytes, findings, …}; {} or {sequence}: what there is.",
+    ),
+    ("recovery", "The receipt of the last recovery that found something."),
     ("version", "The protocol version this server speaks."),
     ("info", "Version and limits; with {\"flightbox\": true} also the state of the appliance."),
     (
@@ -215,6 +221,11 @@ pub(crate) async fn run(shared: &Shared, connection: &Connection, action: &str, 
         "topic_delete" => topic_delete(shared, &body).await?,
         "topic_system_info" => topic_system_info(shared, &body)?,
         "topic_status" => topic_status(shared, &body).await?,
+        "verify" => verify(shared, &body).await?,
+        "recovery" => {
+            let receipt = crate::recovery::last_receipt(&shared.lifecycle.catalog).map_err(|e| of_storage(&e))?;
+            serde_json::to_value(receipt).map_err(|error| Status::internal(error.to_string()))?
+        }
         "version" => version(),
         "info" => info(shared, &body)?,
         "query" => questions::query(shared, connection, &body.fields).await?,
@@ -478,6 +489,7 @@ async fn topic_status(shared: &Shared, body: &Body) -> Result<Value, Status> {
     let (key, name) = body.name_or_locator()?;
     let (topic, totals, uploading) = shared.lifecycle.topic_status(Locator::topic(key, name)?).await?;
     let partial = shared.lifecycle.catalog.topic_partial(topic.no).map_err(|e| of_storage(&e))?;
+    let damaged = shared.lifecycle.catalog.damaged(topic.no).map_err(|e| of_storage(&e))?;
     Ok(json!({
         "locator": topic.locator,
         "locked": topic.completed_at_ns.is_some(),
@@ -487,7 +499,29 @@ async fn topic_status(shared: &Shared, body: &Body) -> Result<Value, Status> {
         "batches": totals.batches,
         "bytes": totals.data_bytes,
         "last_time_ns": totals.time.map(|time| time.1),
+        "damaged_rows": damaged.iter().map(|damage| damage.end_row - damage.first_row).sum::<u64>(),
     }))
+}
+
+/// Without a locator: the catalog's own damage, and the topics to ask for one by one.
+async fn verify(shared: &Shared, body: &Body) -> Result<Value, Status> {
+    let checker = shared.checker();
+    if body.has("locator") {
+        let locator = Locator::topic("locator", body.text("locator")?)?;
+        let looked = checker.topic(&locator, |_| {}).await?;
+        return serde_json::to_value(looked).map_err(|error| Status::internal(error.to_string()));
+    }
+    let sequence =
+        if body.has("sequence") { Some(Locator::sequence("sequence", body.text("sequence")?)?) } else { None };
+    if let Some(name) = &sequence {
+        find_sequence(&shared.lifecycle.catalog, name)?;
+    }
+    let catalog = shared.lifecycle.catalog.clone();
+    let found = tokio::task::spawn_blocking(move || verify_catalog(&catalog)).await;
+    let findings = found.map_err(|error| Status::internal(error.to_string()))?.map_err(|e| of_storage(&e))?;
+    let topics = checker.topics(sequence.as_deref()).map_err(|e| of_storage(&e))?;
+    let topics: Vec<String> = topics.into_iter().map(|topic| topic.locator).collect();
+    Ok(json!({ "findings": findings, "topics": topics }))
 }
 
 fn version() -> Value {

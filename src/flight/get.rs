@@ -71,7 +71,8 @@ pub(crate) async fn do_get(
         (find_topic(&shared.lifecycle.catalog, &locator)?, Window::default())
     };
     let view = {
-        let catalog = shared.lifecycle.catalog.view();
+        let pin = shared.lifecycle.catalog.pin().map_err(|error| of_storage(&error))?;
+        let catalog = pin.view();
         TopicView::load(&catalog, &shared.config.data_dir, topic.clone()).map_err(|error| of_storage(&error))?
     };
     let Some(view) = view else {
@@ -89,7 +90,11 @@ pub(crate) async fn do_get(
     } else {
         Some(count(&view, &shared.lifecycle.loader, window).await.map_err(|error| of_storage(&error))?)
     };
-    let schema = outgoing_schema(&shared, &view.record, &view.schema.wire, extent)?;
+    let lost = data_loss(&view, window);
+    if let Some(lost) = lost.as_ref().filter(|_| !shared.config.skip_damage) {
+        return Err(Status::data_loss(format!("topic `{}` is damaged: {lost}", topic.locator)));
+    }
+    let schema = outgoing_schema(&shared, &view.record, &view.schema.wire, extent, lost)?;
     let rows =
         RowStream::new(Arc::clone(&view), shared.lifecycle.loader.clone(), window, crate::limits::OUTGOING_BATCH_BYTES);
     let batches = batches(rows, Arc::clone(&view.schema), Arc::clone(&schema));
@@ -146,17 +151,39 @@ fn cut_to_wire(
     }
 }
 
+/// Key of the schema's metadata that says which rows are left out because they are damaged.
+const DATA_LOSS_KEY: &str = "flightbox:data_loss";
+
+/// The rows of a window that are known to be damaged, as JSON; `None` if there are none.
+fn data_loss(view: &TopicView, window: Window) -> Option<String> {
+    let inside = view.damaged().iter().filter(|damage| damage.time.is_none_or(|time| window.meets(time)));
+    let lost: Vec<serde_json::Value> = inside
+        .map(|damage| {
+            serde_json::json!({
+                "first_row": damage.first_row,
+                "end_row": damage.end_row,
+                "first_time_ns": damage.time.map(|time| time.0),
+                "last_time_ns": damage.time.map(|time| time.1),
+                "cause": damage.what,
+            })
+        })
+        .collect();
+    (!lost.is_empty()).then(|| serde_json::Value::from(lost).to_string())
+}
+
 /// The writer's schema with the metadata clients of v0 to 0.6 read from it.
 fn outgoing_schema(
     shared: &Shared,
     topic: &TopicRecord,
     wire: &SchemaRef,
     extent: Option<Extent>,
+    lost: Option<String>,
 ) -> Result<SchemaRef, Status> {
     let sequence = topic.locator.split('/').next().unwrap_or("");
     find_sequence(&shared.lifecycle.catalog, sequence)?;
     let mut metadata = wire.metadata().clone();
     metadata.extend(topic_metadata(topic, extent));
+    metadata.extend(lost.map(|lost| (DATA_LOSS_KEY.to_owned(), lost)));
     Ok(Arc::new(Schema::new_with_metadata(wire.fields().clone(), metadata)))
 }
 

@@ -153,7 +153,8 @@ async fn endpoint(
 
 async fn window_info(shared: &Shared, topic: &TopicRecord, window: Window) -> Result<Value, Status> {
     let view = {
-        let catalog = shared.lifecycle.catalog.view();
+        let pin = shared.lifecycle.catalog.pin().map_err(|error| of_storage(&error))?;
+        let catalog = pin.view();
         TopicView::load(&catalog, &shared.config.data_dir, topic.clone()).map_err(stored)?
     };
     let (rows, interval) = match view {

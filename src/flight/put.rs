@@ -10,6 +10,7 @@ use crate::flight::dialect::{Connection, Hint};
 use crate::flight::service::Shared;
 use crate::flight::status::{invalid, of_storage};
 use crate::flight::upload::{Monitor, UploadEnd};
+use crate::health::Space;
 use crate::ingest::admit::Permit;
 use crate::ingest::committer::{End, Watermark};
 use crate::ingest::topic::Batch;
@@ -140,6 +141,9 @@ impl Ingest {
 
     /// Reads descriptor and schema and opens the topic.
     async fn open(&self, stream: &mut Streaming<FlightData>) -> Result<Upload, Status> {
+        if *self.shared.health.space.borrow() == Space::Full {
+            return Err(disk_is_full("the upload was not begun"));
+        }
         let mut descriptor = None;
         let first = loop {
             let message = stream.message().await?;
@@ -213,6 +217,7 @@ impl Ingest {
         let mut overlap = upload.overlap();
         let mut watermark = upload.watermark.clone();
         let mut stopping = self.shared.stopping.clone();
+        let mut space = self.shared.health.space.subscribe();
         loop {
             // Cancel-safety: `message` keeps what it has read inside the stream.
             let message = tokio::select! {
@@ -220,6 +225,9 @@ impl Ingest {
                 failed = failure(&mut watermark) => return Err(failed),
                 _ = stopping.wait_for(|stop| *stop) => {
                     return Err(Status::unavailable("the server is shutting down; what was acknowledged is kept"));
+                }
+                _ = space.wait_for(|space| *space == Space::Full) => {
+                    return Err(disk_is_full("what was taken of this upload is durable; resume it when there is room"));
                 }
                 message = stream.message() => message,
             };
@@ -257,6 +265,10 @@ impl Ingest {
             }
         }
     }
+}
+
+fn disk_is_full(what: &str) -> Status {
+    Status::resource_exhausted(format!("the recorder's disk is full: {what}; delete or move recordings"))
 }
 
 /// Resolves when the upload failed behind the lane.

@@ -4,9 +4,11 @@ use crate::config::Config;
 use crate::flight::dialect::Connection;
 use crate::flight::upload::Monitor;
 use crate::flight::{actions, get, list, put};
+use crate::health::Health;
 use crate::ingest::admit::Budget;
 use crate::lifecycle::Lifecycle;
 use crate::limits;
+use crate::scrub::Checker;
 use crate::stats::{Station, Stats};
 use arrow_flight::flight_service_server::FlightService;
 use arrow_flight::{
@@ -30,6 +32,7 @@ pub(crate) struct Shared {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) budget: Budget,
     pub(crate) stats: Arc<Stats>,
+    pub(crate) health: Arc<Health>,
     pub(crate) counters: Arc<IoCounters>,
     pub(crate) disk: DiskState,
     /// For measuring the front alone: batches are decoded and dropped.
@@ -43,6 +46,16 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// What it takes to look for damage.
+    pub(crate) fn checker(&self) -> Checker {
+        Checker {
+            catalog: self.lifecycle.catalog.clone(),
+            committer: self.lifecycle.committer.clone(),
+            loader: self.lifecycle.loader.clone(),
+            data_dir: self.config.data_dir.clone(),
+        }
+    }
+
     /// The state of the appliance, for `flightbox info`.
     pub(crate) fn appliance_info(&self) -> Result<Value, StorageError> {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -72,6 +85,14 @@ impl Shared {
             "registered_buffers": self.disk.registered,
             "notes": self.disk.notes,
             "writers": self.config.writers,
+            "health": {
+                "catalog": self.health.catalog_failure().unwrap_or_else(|| "ok".to_owned()),
+                "commit_failures": load(&self.stats.commit_failures),
+                "space": self.health.space.borrow().name(),
+                "free_bytes": self.health.free(),
+                "reserve_bytes": self.config.reserve_bytes,
+            },
+            "recovery": crate::recovery::last_receipt(&self.lifecycle.catalog)?,
             "ring_bytes": {
                 "chunk": load(&self.counters.chunk),
                 "padding": load(&self.counters.padding),

@@ -2,14 +2,18 @@
 //!
 //! Guarantees: it is the only writer of the catalog. What arrives while a group is being synced
 //! forms the next group. Nothing of a group is acknowledged before the group is durable (INV-1).
-//! An entry for a topic that is not open for writing is dropped and its writer told. After a
-//! failed commit, whose outcome is unknown, nothing is acknowledged any more: every later entry
-//! gets the first cause.
+//! An entry for a topic that is not open for writing is dropped and its writer told.
+//!
+//! A failed commit has an unknown outcome: nothing of it is acknowledged, RocksDB is opened again (with
+//! growing pauses, [`limits::REOPEN_PAUSE_MAX`] at most), and what it then finds is true: chunks, tail
+//! runs and ends that are there are acknowledged, the others are applied again; whoever asked for a
+//! life-cycle change is told that its outcome is unknown.
 
+use crate::health::Health;
 use crate::ingest::lane::{Receiver, Sender, lane};
 use crate::limits;
 use crate::stats::{Station, Stats};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 use storage::StorageError;
@@ -51,12 +55,17 @@ pub(crate) enum End {
     Lock,
     /// Anything else: it stays unlocked with its durable prefix.
     Leave,
+    /// As [`Self::Leave`], and its tail becomes a chunk: nobody writes it any more for now.
+    Close,
 }
 
 /// The topics that are being written, as the committer knows them.
 #[derive(Debug, Default)]
 pub(crate) struct Live {
     topics: HashMap<TopicNo, LiveTopic>,
+    /// Opened and closed by the group that is not durable yet.
+    opened: Vec<TopicNo>,
+    closed: Vec<(TopicNo, LiveTopic)>,
 }
 
 #[derive(Debug)]
@@ -81,6 +90,7 @@ impl Live {
         if free {
             let chunk_data_bytes = totals.data_bytes.saturating_sub(tail_data_bytes);
             self.topics.insert(topic, LiveTopic { totals, chunk_data_bytes, watermark });
+            self.opened.push(topic);
         }
         free
     }
@@ -92,13 +102,58 @@ impl Live {
 
     /// Closes a topic: entries still under way for it are refused. Says whether it was being written.
     pub(crate) fn close(&mut self, topic: TopicNo) -> bool {
-        self.topics.remove(&topic).is_some()
+        match self.topics.remove(&topic) {
+            Some(state) => {
+                self.closed.push((topic, state));
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The group is durable.
+    fn keep(&mut self) {
+        self.opened.clear();
+        self.closed.clear();
+    }
+
+    /// The group failed: who was told so does not write; what was closed is open again if it is still
+    /// there; and every total is what the catalog has.
+    fn undo(&mut self, look: &impl Look) -> Outcome {
+        for topic in std::mem::take(&mut self.opened) {
+            self.topics.remove(&topic);
+        }
+        for (topic, state) in std::mem::take(&mut self.closed) {
+            self.topics.entry(topic).or_insert(state);
+        }
+        let mut gone = Vec::new();
+        for (topic, state) in &mut self.topics {
+            if look.topic(*topic)?.is_none() {
+                gone.push(*topic);
+                continue;
+            }
+            state.totals = look.totals(*topic)?;
+            let tail = look.tail(*topic, state.totals.chunk_batches)?;
+            let tail_bytes = tail.iter().map(|run| run.data_bytes).sum();
+            state.chunk_data_bytes = state.totals.data_bytes.saturating_sub(tail_bytes);
+        }
+        self.topics.retain(|topic, _| !gone.contains(topic));
+        Ok(())
     }
 }
 
 /// Runs when the group is durable, or is not.
 type Acknowledge = Box<dyn FnOnce(&Outcome) + Send>;
-type Change = Box<dyn FnOnce(&mut Group, &mut Live) -> Acknowledge + Send>;
+type Change = Box<dyn FnOnce(Made<'_>) -> Option<Acknowledge> + Send>;
+
+/// What a change is run with.
+enum Made<'a> {
+    In(&'a mut Group, &'a mut Live),
+    /// Nothing can be changed now.
+    Not(StorageError),
+}
+
+type Told = Option<(Arc<watch::Sender<Watermark>>, TopicTotals)>;
 
 enum Item {
     Chunk(Box<ChunkCommit>),
@@ -111,6 +166,14 @@ enum Item {
 pub(crate) struct Entry {
     item: Item,
     queued: Instant,
+    /// Applied before, in a group whose commit failed: it may be durable already.
+    again: bool,
+}
+
+/// An entry in a group that is not durable yet.
+enum Applied {
+    Change(Instant, Option<Acknowledge>),
+    Data(Entry, Outcome, Told),
 }
 
 /// The way to the committer.
@@ -121,7 +184,7 @@ pub(crate) struct CommitHandle {
 
 impl CommitHandle {
     async fn send(&self, item: Item) -> Outcome {
-        self.lane.send(Entry { item, queued: Instant::now() }).await.map_err(|_| stopped())
+        self.lane.send(Entry { item, queued: Instant::now(), again: false }).await.map_err(|_| stopped())
     }
 
     /// Queues a chunk; the reply comes when it is durable. Returns when it has its place in the order.
@@ -149,15 +212,22 @@ impl CommitHandle {
         E: From<StorageError> + Send + 'static,
     {
         let (reply, answer) = oneshot::channel();
-        let boxed: Change = Box::new(move |group, live| {
+        let boxed: Change = Box::new(move |made| {
+            let (group, live) = match made {
+                Made::In(group, live) => (group, live),
+                Made::Not(cause) => {
+                    reply.send(Err(E::from(cause))).ok(); // The asker may have gone.
+                    return None;
+                }
+            };
             let result = group.change(|txn| change(txn, live));
-            Box::new(move |outcome| {
+            Some(Box::new(move |outcome: &Outcome| {
                 let result = match outcome {
                     Ok(()) => result,
                     Err(error) => Err(E::from(error.clone())),
                 };
                 reply.send(result).ok(); // The asker may have gone; the change stands.
-            })
+            }))
         });
         self.send(Item::Change(boxed)).await.map_err(E::from)?;
         answer.await.map_err(|_| E::from(stopped()))?
@@ -172,12 +242,13 @@ fn stopped() -> StorageError {
 pub(crate) fn start(
     catalog: Catalog,
     stats: Arc<Stats>,
+    health: Arc<Health>,
 ) -> std::io::Result<(CommitHandle, std::thread::JoinHandle<()>)> {
     let (handle, receiver) = pair();
-    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let thread = std::thread::Builder::new()
         .name("fb-committer".to_owned())
-        .spawn(move || runtime.block_on(run(catalog, receiver, stats)))?;
+        .spawn(move || runtime.block_on(run(catalog, receiver, stats, health)))?;
     Ok((handle, thread))
 }
 
@@ -188,97 +259,186 @@ pub(crate) fn pair() -> (CommitHandle, Receiver<Entry>) {
 }
 
 /// Commits what comes until all handles are gone.
-pub(crate) async fn run(catalog: Catalog, lane: Receiver<Entry>, stats: Arc<Stats>) {
-    let mut live = Live::default();
-    let mut failed: Option<StorageError> = None;
-    while lane.ready().await {
-        let mut group = catalog.group();
-        let mut after: Vec<(Instant, Acknowledge)> = Vec::new();
-        while group.size_bytes() < limits::COMMIT_GROUP_BYTES_MAX
-            && let Some(entry) = lane.try_recv()
-        {
-            after.push((entry.queued, apply(&mut group, &mut live, entry.item, &stats)));
-        }
-        let outcome = match &failed {
-            Some(cause) => Err(cause.clone()),
-            None => group.commit(),
+pub(crate) async fn run(catalog: Catalog, lane: Receiver<Entry>, stats: Arc<Stats>, health: Arc<Health>) {
+    let mut committer = Committer { catalog, lane, stats, health, live: Live::default(), failures: 0 };
+    let mut held = VecDeque::new();
+    while !held.is_empty() || committer.lane.ready().await {
+        held = committer.commit_group(held).await;
+    }
+}
+
+struct Committer {
+    catalog: Catalog,
+    lane: Receiver<Entry>,
+    stats: Arc<Stats>,
+    health: Arc<Health>,
+    live: Live,
+    /// Commits that failed since one went well.
+    failures: u32,
+}
+
+impl Committer {
+    /// Applies what is held and what has come, as one group; returns what must be applied again.
+    async fn commit_group(&mut self, mut held: VecDeque<Entry>) -> VecDeque<Entry> {
+        let mut applied = Vec::new();
+        let outcome = match self.catalog.group() {
+            Ok(mut group) => {
+                while group.size_bytes() < limits::COMMIT_GROUP_BYTES_MAX
+                    && let Some(entry) = held.pop_front().or_else(|| self.lane.try_recv())
+                {
+                    applied.push(apply(&mut group, &mut self.live, entry, &self.stats));
+                }
+                group.commit()
+            }
+            Err(error) => Err(error),
         };
-        if let Err(error) = &outcome
-            && failed.is_none()
-        {
-            tracing::error!(%error, "the catalog refuses commits: nothing more is acknowledged until a restart");
-            failed = Some(error.clone());
+        Stats::add(&self.stats.groups, 1);
+        match outcome {
+            Ok(()) => {
+                self.live.keep();
+                if self.failures > 0 {
+                    self.failures = 0;
+                    self.health.catalog_works();
+                    tracing::info!("the catalog takes commits again");
+                }
+                for entry in applied {
+                    acknowledge(entry, &self.stats);
+                }
+                held
+            }
+            Err(cause) => {
+                // First what was applied, then what was held behind it: the order of each topic stays.
+                let mut again = self.after_failure(applied, &cause);
+                again.append(&mut held);
+                self.reopen(&cause, &mut again).await;
+                again
+            }
         }
-        Stats::add(&stats.groups, 1);
-        for (queued, acknowledge) in after {
-            stats.record(Station::Commit, queued.elapsed());
-            acknowledge(&outcome);
+    }
+
+    /// Tells those that asked for changes; keeps the rest for another try.
+    fn after_failure(&mut self, applied: Vec<Applied>, cause: &StorageError) -> VecDeque<Entry> {
+        self.failures += 1;
+        Stats::add(&self.stats.commit_failures, 1);
+        self.health.catalog_failed(cause);
+        tracing::error!(error = %cause, failures = self.failures, "a commit failed: its outcome is unknown until the catalog is open again");
+        let mut again = VecDeque::new();
+        for entry in applied {
+            match entry {
+                Applied::Change(_, Some(acknowledge)) => acknowledge(&Err(cause.clone())),
+                Applied::Change(_, None) => {}
+                Applied::Data(entry, Err(error), _) => answer(entry.item, Err(error)),
+                Applied::Data(entry, Ok(()), _) => again.push_back(Entry { again: true, ..entry }),
+            }
+        }
+        again
+    }
+
+    /// Opens the catalog again, however long it takes; meanwhile changes are refused, and what writers
+    /// send is kept (they send no more than they may have under way).
+    async fn reopen(&mut self, cause: &StorageError, again: &mut VecDeque<Entry>) {
+        let mut pause = limits::REOPEN_PAUSE_MIN;
+        if self.failures > 1 {
+            pause = limits::REOPEN_PAUSE_MAX.min(pause * 2_u32.saturating_pow(self.failures.min(16)));
+            tokio::time::sleep(pause).await;
+        }
+        loop {
+            let opened = self.catalog.reopen(limits::REOPEN_READERS_WAIT).and_then(|()| self.live.undo(&self.catalog));
+            let error = match opened {
+                Ok(()) => return,
+                Err(error) => error,
+            };
+            tracing::error!(%error, "the catalog does not open; trying again");
+            self.health.catalog_failed(&error);
+            if error.is_corruption() || cause.is_corruption() && self.failures >= limits::CORRUPT_COMMITS_MAX {
+                self.health.catalog_is_corrupt(&error);
+            }
+            tokio::time::sleep(pause).await;
+            pause = limits::REOPEN_PAUSE_MAX.min(pause * 2);
+            while let Some(entry) = self.lane.try_recv() {
+                match entry.item {
+                    Item::Change(change) => drop(change(Made::Not(error.clone()))),
+                    _ => again.push_back(entry),
+                }
+            }
         }
     }
 }
 
-/// Puts one entry into the group; what is returned runs when the group is durable, or is not.
-fn apply(group: &mut Group, live: &mut Live, item: Item, stats: &Arc<Stats>) -> Acknowledge {
-    match item {
-        Item::Change(change) => change(group, live),
+/// Puts one entry into the group.
+fn apply(group: &mut Group, live: &mut Live, entry: Entry, stats: &Arc<Stats>) -> Applied {
+    let Entry { item, queued, again } = entry;
+    let (result, topic, end) = match &item {
+        Item::Change(_) => {
+            let Item::Change(change) = item else { unreachable!("just matched") };
+            return Applied::Change(queued, change(Made::In(group, live)));
+        }
         Item::Chunk(commit) => {
-            let ChunkCommit { topic, record, skip, segment, end, reply } = *commit;
-            let result = apply_chunk(group, live, topic, &record, &skip, segment, end);
             Stats::add(&stats.chunks, 1);
-            acknowledge(live, topic, result, end, reply)
+            (apply_chunk(group, live, commit, again), commit.topic, commit.end)
         }
-        Item::Tail { topic, run, reply } => {
-            let result = apply_tail(group, live, topic, &run);
+        Item::Tail { topic, run, .. } => {
             Stats::add(&stats.tail_runs, 1);
-            acknowledge(live, topic, result, None, reply)
+            (apply_tail(group, live, *topic, run, again), *topic, None)
         }
-        Item::End { topic, end, reply } => {
-            let result = match live.topics.get(&topic) {
-                Some(state) => apply_end(group, topic, &state.totals, end),
+        Item::End { topic, end, .. } => {
+            let result = match live.topics.get(topic) {
+                Some(state) => apply_end(group, *topic, &state.totals, *end),
                 None => Err(StorageError::Gone),
             };
-            acknowledge(live, topic, result, Some(end), reply)
+            (result, *topic, Some(*end))
         }
-    }
-}
-
-fn acknowledge(
-    live: &mut Live,
-    topic: TopicNo,
-    result: Outcome,
-    end: Option<End>,
-    reply: oneshot::Sender<Outcome>,
-) -> Acknowledge {
-    let watermark = match (&result, live.topics.get(&topic)) {
+    };
+    let told = match (&result, live.topics.get(&topic)) {
         (Ok(()), Some(state)) => Some((Arc::clone(&state.watermark), state.totals)),
         _ => None,
     };
     if end.is_some() && result.is_ok() {
         live.close(topic);
     }
-    Box::new(move |outcome| {
-        let result = result.and_then(|()| outcome.clone());
-        if let (Ok(()), Some((watermark, totals))) = (&result, watermark) {
-            watermark.send_modify(|mark| {
-                mark.rows = totals.rows;
-                mark.batches = totals.batches;
-                mark.bytes = totals.data_bytes;
-            });
-        }
-        reply.send(result).ok(); // A writer that stopped needs no answer; the commit stands.
-    })
+    Applied::Data(Entry { item, queued, again }, result, told)
 }
 
-fn apply_chunk(
-    group: &mut Group,
-    live: &mut Live,
-    topic: TopicNo,
-    record: &ChunkRecord,
-    skip: &SkipRecord,
-    segment: SegmentRecord,
-    end: Option<End>,
-) -> Outcome {
+/// The group is durable: tells everyone.
+fn acknowledge(applied: Applied, stats: &Stats) {
+    match applied {
+        Applied::Change(queued, acknowledge) => {
+            stats.record(Station::Commit, queued.elapsed());
+            if let Some(acknowledge) = acknowledge {
+                acknowledge(&Ok(()));
+            }
+        }
+        Applied::Data(entry, result, told) => {
+            stats.record(Station::Commit, entry.queued.elapsed());
+            if let Some((watermark, totals)) = told {
+                watermark.send_modify(|mark| {
+                    mark.rows = totals.rows;
+                    mark.batches = totals.batches;
+                    mark.bytes = totals.data_bytes;
+                });
+            }
+            answer(entry.item, result);
+        }
+    }
+}
+
+fn answer(item: Item, result: Outcome) {
+    let reply = match item {
+        Item::Chunk(commit) => commit.reply,
+        Item::Tail { reply, .. } | Item::End { reply, .. } => reply,
+        Item::Change(_) => return,
+    };
+    reply.send(result).ok(); // A writer that stopped needs no answer; the commit stands.
+}
+
+fn apply_chunk(group: &mut Group, live: &mut Live, commit: &ChunkCommit, again: bool) -> Outcome {
+    let ChunkCommit { topic, record, skip, segment, end, .. } = commit;
+    let (topic, segment, end) = (*topic, *segment, *end);
     let state = live.topics.get_mut(&topic).ok_or(StorageError::Gone)?;
+    // The commit that failed was durable all the same, and so was the lock in it.
+    if again && record.end_batch <= state.totals.chunk_batches {
+        return Ok(());
+    }
     if record.first_batch != state.totals.chunk_batches {
         return Err(out_of_order(topic, record.first_batch, state.totals.chunk_batches));
     }
@@ -313,8 +473,11 @@ fn out_of_order(topic: TopicNo, found: u64, expected: u64) -> StorageError {
     StorageError::Catalog { op: "commit", text }
 }
 
-fn apply_tail(group: &mut Group, live: &mut Live, topic: TopicNo, run: &TailRun) -> Outcome {
+fn apply_tail(group: &mut Group, live: &mut Live, topic: TopicNo, run: &TailRun, again: bool) -> Outcome {
     let state = live.topics.get_mut(&topic).ok_or(StorageError::Gone)?;
+    if again && run.end_batch() <= state.totals.batches {
+        return Ok(());
+    }
     if run.first_batch != state.totals.batches {
         return Err(out_of_order(topic, run.first_batch, state.totals.batches));
     }

@@ -1,31 +1,38 @@
-//! The steward: the thread that seals, links and removes files, in the order it was asked to.
+//! The steward: the thread that seals, links and removes files, in the order it was asked to, and brings
+//! what a crash left to rest.
 //!
 //! Guarantees: a seal asked for before a link is done before it, so what `browse/` shows is whole.
 //! Its work delays no acknowledgement: nobody waits for it but who asked for its result.
 
-use crate::ingest::committer::CommitHandle;
+use crate::health::{Health, Space};
+use crate::ingest::committer::{CommitHandle, Live};
 use crate::limits;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use storage::StorageError;
 use storage::catalog::keys::{self, Family};
-use storage::catalog::records::{SequenceRecord, TopicRecord};
+use storage::catalog::records::{SequenceRecord, SessionRecord, TopicRecord};
 use storage::catalog::skip::plan_fold;
-use storage::catalog::{Catalog, Look};
+use storage::catalog::{Catalog, Look, Txn};
 use storage::disk::{Disk, IoCounters};
-use storage::ids::TopicNo;
-use storage::recover;
+use storage::ids::{SequenceId, TopicNo};
+use storage::recover::{self, TopicReceipt};
+use storage::{StorageError, found, manifest, segment};
 use tokio::sync::{mpsc, oneshot};
 
 type Outcome = Result<(), StorageError>;
 
 pub(crate) enum Job {
+    /// Bring what a crash left of a topic to rest.
+    Recover { topic: Box<TopicRecord>, reply: oneshot::Sender<Result<TopicReceipt, StorageError>> },
+    /// Remove what no record owns.
+    Orphans { unsettled: Vec<SequenceRecord>, reply: oneshot::Sender<Result<Vec<PathBuf>, StorageError>> },
     /// Seal a topic's segments below a number, or all.
     Seal { topic: Box<TopicRecord>, below: Option<u32>, reply: Option<oneshot::Sender<Outcome>> },
     /// Pack the index of a topic that is not being written.
     Fold { topic: TopicNo, reply: oneshot::Sender<Outcome> },
-    /// Make the readable names of a locked sequence.
-    Link { sequence: Box<SequenceRecord>, reply: oneshot::Sender<Outcome> },
+    /// Make manifest and readable names of a locked sequence.
+    Settle { sequence: Box<SequenceRecord>, reply: oneshot::Sender<Outcome> },
     /// Remove the folders of a deletion, then its record.
     Remove { ticket: [u8; 16], folders: Vec<String>, reply: oneshot::Sender<Outcome> },
 }
@@ -49,10 +56,14 @@ impl StewardHandle {
         self.jobs.send(Job::Seal { topic: Box::new(topic), below, reply: None }).await.ok();
     }
 
-    /// Seals what a crash left open of a topic, and waits.
-    pub(crate) async fn seal_recovered(&self, topic: TopicRecord, locked: bool) -> Outcome {
-        let below = if locked { None } else { Some(u32::MAX) };
-        self.ask(|reply| Job::Seal { topic: Box::new(topic), below, reply: Some(reply) }).await
+    /// Brings what a crash left of a topic to rest, and waits.
+    pub(crate) async fn recover(&self, topic: TopicRecord) -> Result<TopicReceipt, StorageError> {
+        self.ask(|reply| Job::Recover { topic: Box::new(topic), reply }).await
+    }
+
+    /// Removes what no record owns, and waits.
+    pub(crate) async fn orphans(&self, unsettled: Vec<SequenceRecord>) -> Result<Vec<PathBuf>, StorageError> {
+        self.ask(|reply| Job::Orphans { unsettled, reply }).await
     }
 
     /// Packs the index of a topic that is not being written, and waits.
@@ -60,9 +71,9 @@ impl StewardHandle {
         self.ask(|reply| Job::Fold { topic, reply }).await
     }
 
-    /// Links a sequence and waits.
-    pub(crate) async fn link(&self, sequence: SequenceRecord) -> Outcome {
-        self.ask(|reply| Job::Link { sequence: Box::new(sequence), reply }).await
+    /// Makes manifest and links of a locked sequence, and waits.
+    pub(crate) async fn settle(&self, sequence: SequenceRecord) -> Outcome {
+        self.ask(|reply| Job::Settle { sequence: Box::new(sequence), reply }).await
     }
 
     /// Removes folders and waits.
@@ -70,7 +81,10 @@ impl StewardHandle {
         self.ask(|reply| Job::Remove { ticket, folders, reply }).await
     }
 
-    async fn ask(&self, job: impl FnOnce(oneshot::Sender<Outcome>) -> Job) -> Outcome {
+    async fn ask<T>(
+        &self,
+        job: impl FnOnce(oneshot::Sender<Result<T, StorageError>>) -> Job,
+    ) -> Result<T, StorageError> {
         let stopped =
             || StorageError::Directory("the server is stopping; the work is finished at the next start".to_owned());
         let (reply, answer) = oneshot::channel();
@@ -85,14 +99,39 @@ pub(crate) struct Context {
     pub(crate) committer: CommitHandle,
     pub(crate) data_dir: PathBuf,
     pub(crate) counters: Arc<IoCounters>,
+    pub(crate) health: Arc<Health>,
+}
+
+impl Context {
+    /// Whether work that met a full disk may be tried again: the reserve is free for it.
+    async fn has_room_now(&self, result: &Outcome) -> bool {
+        if !result.as_ref().is_err_and(StorageError::is_full_disk) {
+            return false;
+        }
+        self.health.full.notify_one();
+        let mut space = self.health.space.subscribe();
+        let released = space.wait_for(|space| *space == Space::Full);
+        tokio::time::timeout(limits::RESERVE_WAIT, released).await.is_ok()
+    }
 }
 
 /// Does jobs one after another until all handles are gone.
 pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, context: Context) {
     while let Some(job) = jobs.recv().await {
         match job {
+            Job::Recover { topic, reply } => {
+                let result = recover_topic(&disk, &context, *topic).await;
+                reply.send(result).ok(); // Who asked may have gone; what was done stands.
+            }
+            Job::Orphans { unsettled, reply } => {
+                let result = remove_orphans(&disk, &context, &unsettled).await;
+                reply.send(result).ok(); // As above.
+            }
             Job::Seal { topic, below, reply } => {
-                let result = seal(&disk, &context, &topic, below).await;
+                let mut result = seal(&disk, &context, &topic, below).await;
+                if context.has_room_now(&result).await {
+                    result = seal(&disk, &context, &topic, below).await;
+                }
                 match reply {
                     Some(reply) => {
                         reply.send(result).ok(); // Who asked may have gone; the seal stands.
@@ -108,8 +147,11 @@ pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, conte
                 let result = fold(&context, topic, true).await;
                 reply.send(result).ok(); // As above.
             }
-            Job::Link { sequence, reply } => {
-                let result = recover::link_browse(&disk, &context.catalog, &context.data_dir, &sequence).await;
+            Job::Settle { sequence, reply } => {
+                let mut result = settle(&disk, &context, &sequence).await;
+                if context.has_room_now(&result).await {
+                    result = settle(&disk, &context, &sequence).await;
+                }
                 reply.send(result).ok(); // As above.
             }
             Job::Remove { ticket, folders, reply } => {
@@ -136,7 +178,111 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
             Ok::<_, StorageError>(())
         })
         .await?;
+    remove_uncommitted(disk, context, topic).await?;
     fold(context, no, below.is_none_or(|below| below == u32::MAX)).await
+}
+
+/// When nobody writes a topic any more, a file without a record was never committed.
+async fn remove_uncommitted<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord) -> Result<u64, StorageError> {
+    let no = topic.no;
+    let files = recover::files_of(disk, &context.data_dir, topic).await?;
+    let records = move |txn: &mut Txn<'_>, live: &mut Live| {
+        let quiet = !live.is_open(no) && txn.topic(no)?.is_some();
+        if quiet { Ok(Some(txn.segments(no)?)) } else { Ok::<_, StorageError>(None) }
+    };
+    match context.committer.change(records).await? {
+        Some(records) => recover::remove_uncommitted(disk, files, &records).await,
+        None => Ok(0),
+    }
+}
+
+/// After a crash, before anything writes: chunks that are whole in the files and not in the catalog are
+/// taken over, what else is behind the last one goes, segments are sealed. A second time finds nothing to do.
+async fn recover_topic<D: Disk>(disk: &D, context: &Context, topic: TopicRecord) -> Result<TopicReceipt, StorageError> {
+    let (catalog, no) = (&context.catalog, topic.no);
+    let locked = topic.completed_at_ns.is_some();
+    let mut receipt = TopicReceipt { locator: topic.locator.clone(), locked, ..TopicReceipt::default() };
+    if !locked {
+        let behind = found::behind(disk, catalog, &context.data_dir, &topic).await?;
+        receipt.adopted_chunks = behind.len() as u64;
+        receipt.adopted_rows = behind.iter().map(|found| found.trailer.record.rows()).sum();
+        if !behind.is_empty() {
+            let chunks = behind.into_iter().map(|found| found.trailer).collect::<Vec<_>>();
+            context.committer.change(move |txn, _| txn.adopt_chunks(no, &chunks)).await?;
+        }
+    }
+    let segments = catalog.segments(no)?;
+    let dir = segment::topic_dir(&context.data_dir, topic.sequence, topic.id);
+    for record in segments.iter().filter(|record| record.sealed_length.is_none()) {
+        let path = dir.join(segment::file_name(record.no));
+        let end = disk.data_end(&path, record.end_offset).await;
+        receipt.discarded_bytes += end.map_or(0, |end| end - record.end_offset);
+    }
+    receipt.discarded_bytes += remove_uncommitted(disk, context, &topic).await?;
+    if segments.iter().any(|segment| segment.sealed_length.is_none()) || (locked && segments.is_empty()) {
+        let below = if locked { None } else { Some(u32::MAX) };
+        match seal(disk, context, &topic, below).await {
+            Ok(()) => receipt.sealed = true,
+            // Readable all the same: the catalog has its chunks. One that cannot be sealed is reported and
+            // left for the next start (INV-9).
+            Err(error) => receipt.unsealed = Some(error.to_string()),
+        }
+    }
+    let totals = catalog.totals(no)?;
+    (receipt.rows, receipt.batches) = (totals.rows, totals.batches);
+    receipt.damaged_chunks = catalog.damaged(no)?.len() as u64;
+    Ok(receipt)
+}
+
+async fn remove_orphans<D: Disk>(
+    disk: &D,
+    context: &Context,
+    unsettled: &[SequenceRecord],
+) -> Result<Vec<PathBuf>, StorageError> {
+    let mut removed = Vec::new();
+    for orphan in recover::orphans(disk, &context.catalog, &context.data_dir, unsettled).await? {
+        match recover::remove_orphan(disk, &orphan).await {
+            Ok(()) => {
+                tracing::info!(path = %orphan.display(), "removed: no record owns it");
+                removed.push(orphan);
+            }
+            Err(error) => {
+                tracing::warn!(path = %orphan.display(), %error, "no record owns it, and it cannot be removed");
+            }
+        }
+    }
+    Ok(removed)
+}
+
+/// What a finalized session adds: manifest and links. A sequence that is locked, sealed and linked needs no
+/// look at the next start.
+async fn settle<D: Disk>(disk: &D, context: &Context, sequence: &SequenceRecord) -> Outcome {
+    let (catalog, data_dir, id) = (&context.catalog, &context.data_dir, sequence.id);
+    if catalog.sequence(id)?.is_none() {
+        return Ok(()); // Deleted meanwhile.
+    }
+    manifest::write(disk, catalog, data_dir, sequence).await?;
+    recover::link_browse(disk, catalog, data_dir, sequence).await?;
+    for topic in catalog.topics_of(id)? {
+        let unsealed = catalog.segments(topic.no)?.iter().any(|segment| segment.sealed_length.is_none());
+        if unsealed || topic.completed_at_ns.is_none() {
+            return Ok(());
+        }
+    }
+    context
+        .committer
+        .change(move |txn, _| {
+            if is_locked(&txn.sessions_of(id)?) {
+                txn.delete(Family::Meta, keys::unsettled(id));
+            }
+            Ok(())
+        })
+        .await
+}
+
+/// Whether a sequence counts as locked: it has sessions and all are finalized.
+pub(crate) fn is_locked(sessions: &[SessionRecord]) -> bool {
+    !sessions.is_empty() && sessions.iter().all(|session| session.completed_at_ns.is_some())
 }
 
 /// Packs what lies apart of a topic's index: whole blocks while it is written, the rest at its end.
@@ -152,6 +298,12 @@ async fn fold(context: &Context, topic: TopicNo, everything: bool) -> Outcome {
 
 async fn remove<D: Disk>(disk: &D, context: &Context, ticket: [u8; 16], folders: &[String]) -> Outcome {
     recover::remove_folders(disk, &context.data_dir, folders).await?;
+    // What is left of a finalized sequence must not bring the rest back when the catalog is made again.
+    for sequence in folders.iter().filter_map(|folder| sequence_of(folder)).collect::<BTreeSet<_>>() {
+        if let Some(record) = context.catalog.sequence(sequence)? {
+            manifest::write(disk, &context.catalog, &context.data_dir, &record).await?;
+        }
+    }
     context
         .committer
         .change(move |txn, _| {
@@ -159,4 +311,9 @@ async fn remove<D: Disk>(disk: &D, context: &Context, ticket: [u8; 16], folders:
             Ok(())
         })
         .await
+}
+
+/// The sequence in whose folder a removed folder lay.
+fn sequence_of(folder: &str) -> Option<SequenceId> {
+    folder.strip_prefix("sequences/")?.split('/').next()?.parse().ok().map(SequenceId)
 }

@@ -6,6 +6,7 @@
 //! for its own ring, for space in the committer's lane, and for answers.
 //! Does not know: requests, clients, gRPC. It is handed batches and tells watermarks.
 
+use crate::health::{Health, Space};
 use crate::ingest::admit::Budget;
 use crate::ingest::committer::{ChunkCommit, CommitHandle, End, Watermark};
 use crate::ingest::gather::{ChunkRule, Verdict, Why, floor_bytes, verdict};
@@ -16,18 +17,18 @@ use crate::limits;
 use crate::stats::{Station, Stats};
 use futures::FutureExt;
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use storage::StorageError;
-use storage::catalog::records::TopicRecord;
 use storage::chunk::TopicEncoder;
 use storage::disk::{Disk, IoCounters};
 use storage::ids::TopicNo;
 use storage::schema::TopicSchema;
+use storage::segment::TopicFacts;
 use storage::tail::TailRun;
 use storage::write::{ChunkRows, SegmentWriter, Shared};
 use tokio::sync::{oneshot, watch};
@@ -36,7 +37,7 @@ use tokio::sync::{oneshot, watch};
 pub(crate) enum Message {
     /// A topic begins.
     Open {
-        topic: Box<TopicRecord>,
+        facts: Arc<TopicFacts>,
         schema: Arc<TopicSchema>,
         encoder: Box<TopicEncoder>,
         watermark: Arc<watch::Sender<Watermark>>,
@@ -49,6 +50,8 @@ pub(crate) enum Message {
     /// It was deleted; the answer says that nothing of it is in the ring any more. `written`: it was
     /// open for writing, so that an unknown topic's `Open` is still on its way.
     Forget { topic: TopicNo, written: bool, reply: oneshot::Sender<()> },
+    /// The topic was deleted before it could be opened: no `Open` will come.
+    Abandon { topic: TopicNo },
     /// Finish what is under way and stop.
     Stop { reply: oneshot::Sender<()> },
 }
@@ -67,6 +70,7 @@ pub(crate) struct Context {
     pub(crate) steward: StewardHandle,
     pub(crate) counters: Arc<IoCounters>,
     pub(crate) stats: Arc<Stats>,
+    pub(crate) health: Arc<Health>,
 }
 
 pub(crate) use storage::write::PreallocBudget;
@@ -78,6 +82,8 @@ struct Writer<D: Disk> {
     topics: RefCell<HashMap<TopicNo, Rc<Topic<D>>>>,
     /// Topics that were deleted before their `Open` arrived; bounded by the uploads being opened.
     overtaken: RefCell<HashMap<TopicNo, oneshot::Sender<()>>>,
+    /// Topics that were deleted while being opened, whose `Forget` is still to come.
+    abandoned: RefCell<HashSet<TopicNo>>,
     flushes: Cell<usize>,
     /// Data bytes of the chunks between close and commit.
     flushing_bytes: Cell<u64>,
@@ -101,6 +107,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         shared,
         topics: RefCell::default(),
         overtaken: RefCell::default(),
+        abandoned: RefCell::default(),
         flushes: Cell::new(0),
         flushing_bytes: Cell::new(0),
         progress: tokio::sync::Notify::new(),
@@ -147,8 +154,8 @@ impl<D: Disk> Writer<D> {
     /// Acts on a message; says whether a chunk is full and may go.
     fn take(self: &Rc<Self>, message: Message) -> bool {
         match message {
-            Message::Open { topic, schema, encoder, watermark, start } => {
-                self.open(*topic, schema, *encoder, watermark, *start);
+            Message::Open { facts, schema, encoder, watermark, start } => {
+                self.open(facts, schema, *encoder, watermark, *start);
             }
             Message::Batch { topic, batch } => {
                 let topic = self.topics.borrow().get(&topic).cloned();
@@ -178,12 +185,19 @@ impl<D: Disk> Writer<D> {
                         topic.forgotten.replace(Some(reply));
                     }
                     // Its `Open` was sent after the change that opened it, and is overtaken.
-                    None if written => {
+                    None if written && !self.abandoned.borrow_mut().remove(&no) => {
                         self.overtaken.borrow_mut().insert(no, reply);
                     }
                     None => {
                         reply.send(()).ok(); // Nothing of it was here; who asked may have gone.
                     }
+                }
+            }
+            Message::Abandon { topic } => {
+                if let Some(reply) = self.overtaken.borrow_mut().remove(&topic) {
+                    reply.send(()).ok(); // The deletion goes on at the next start if nobody waits.
+                } else {
+                    self.abandoned.borrow_mut().insert(topic);
                 }
             }
             Message::Stop { .. } => unreachable!("handled by the loop"),
@@ -193,18 +207,19 @@ impl<D: Disk> Writer<D> {
 
     fn open(
         &self,
-        record: TopicRecord,
+        facts: Arc<TopicFacts>,
         schema: Arc<TopicSchema>,
         encoder: TopicEncoder,
         watermark: Arc<watch::Sender<Watermark>>,
         start: Start,
     ) {
+        let record = facts.topic.clone();
         if let Some(reply) = self.overtaken.borrow_mut().remove(&record.no) {
             watermark.send_modify(|mark| mark.failed = Some(StorageError::Gone));
             reply.send(()).ok(); // The deletion goes on at the next start if nobody waits.
             return;
         }
-        let place = SegmentWriter::new(&self.shared, &record).starting_at(start.segment);
+        let place = SegmentWriter::new(&self.shared, facts).starting_at(start.segment);
         let topic = Topic::new(record, schema, encoder, watermark, place, start);
         self.topics.borrow_mut().insert(topic.record.no, Rc::new(topic));
     }
@@ -289,7 +304,7 @@ impl<D: Disk> Writer<D> {
         };
         // A topic that stays unlocked keeps its small rest in the tail: its chunk may still grow.
         let end = if failed { End::Leave } else { end };
-        if !failed && !empty && (end == End::Lock || enough) {
+        if !failed && !empty && (matches!(end, End::Lock | End::Close) || enough) {
             self.flush(topic, Some(end));
             return;
         }
@@ -517,7 +532,10 @@ impl<D: Disk> Writer<D> {
                     self.context.committer.chunk(commit).await?;
                     return Ok((answer, segment.no));
                 }
-                Err(error) if attempt < limits::CHUNK_ATTEMPTS_MAX && !error.is_full_disk() => {
+                Err(error) if attempt < limits::CHUNK_ATTEMPTS_MAX => {
+                    if error.is_full_disk() {
+                        self.reserve_released().await;
+                    }
                     tracing::warn!(topic = %topic.record.locator, %error, attempt, "chunk not written; trying in a new segment");
                     if let Some(segment) = placed {
                         topic.leave_segment(segment);
@@ -527,6 +545,15 @@ impl<D: Disk> Writer<D> {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Waits until the reserve may be used for what was taken already.
+    async fn reserve_released(&self) {
+        self.context.health.full.notify_one();
+        let mut space = self.context.health.space.subscribe();
+        let released = space.wait_for(|space| *space == Space::Full);
+        // After that the next attempt tells.
+        tokio::time::timeout(limits::RESERVE_WAIT, released).await.ok();
     }
 
     /// A chunk in this segment is durable. Lower segments are complete, except those where a chunk

@@ -15,6 +15,7 @@ pub(crate) use names::{Locator, check_tag, parse_uuid, shorten};
 
 use crate::ingest::committer::{CommitHandle, Live};
 use crate::ingest::steward::StewardHandle;
+pub(crate) use crate::ingest::steward::is_locked;
 use crate::ingest::writer::{Message, WriterHandles};
 use crate::ontology::{Registry, RegistryError};
 use crate::when::now_ns;
@@ -231,7 +232,7 @@ impl Lifecycle {
                 Ok::<_, LifecycleError>(sequence)
             })
             .await?;
-        self.link(sequence).await
+        self.settle(sequence).await
     }
 
     /// Locks a session whose topics are all locked.
@@ -250,14 +251,14 @@ impl Lifecycle {
                 Ok::<_, LifecycleError>(sequence)
             })
             .await?;
-        self.link(sequence).await
+        self.settle(sequence).await
     }
 
-    /// The lock stands whether or not the links can be made: the next start makes them again.
-    async fn link(&self, sequence: SequenceRecord) -> Result<()> {
+    /// The lock stands whether or not manifest and links can be made: the next start makes them again.
+    async fn settle(&self, sequence: SequenceRecord) -> Result<()> {
         let name = sequence.name.clone();
-        if let Err(error) = self.steward.link(sequence).await {
-            tracing::warn!(sequence = %name, %error, "browse links not made; the next start tries again");
+        if let Err(error) = self.steward.settle(sequence).await {
+            tracing::warn!(sequence = %name, %error, "manifest or links not made; the next start tries again");
         }
         Ok(())
     }
@@ -358,11 +359,6 @@ pub(crate) fn find_sequence(look: &impl Look, name: &str) -> Result<SequenceReco
 /// The topic of a locator, or NOT_FOUND.
 pub(crate) fn find_topic(look: &impl Look, locator: &str) -> Result<TopicRecord> {
     look.topic_by_locator(locator)?.ok_or_else(|| LifecycleError::NotFound { what: "topic", name: locator.to_owned() })
-}
-
-/// Whether a sequence counts as locked: it has sessions and all are finalized.
-pub(crate) fn is_locked(sessions: &[SessionRecord]) -> bool {
-    !sessions.is_empty() && sessions.iter().all(|session| session.completed_at_ns.is_some())
 }
 
 fn check_sequence_key(sequence: &SequenceRecord, key: SequenceId) -> Result<()> {

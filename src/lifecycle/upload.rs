@@ -22,9 +22,13 @@ use storage::ids::{TopicId, TopicNo};
 use storage::ontology::{Origin, Relation, relate};
 use storage::read::{Loader, TopicView};
 use storage::schema::TopicSchema;
+use storage::segment::TopicFacts;
 use tokio::sync::{oneshot, watch};
 
 type Result<T> = std::result::Result<T, LifecycleError>;
+
+/// Where an upload begins, what is durable of it, and what its files say of themselves.
+type Begun = (Start, Option<Arc<TopicView>>, TopicFacts);
 
 /// A topic opened for its one DoPut.
 pub(crate) struct Upload {
@@ -157,20 +161,20 @@ impl Lifecycle {
             (mark.rows, mark.batches, mark.bytes) = (totals.rows, totals.batches, totals.data_bytes);
         });
         let begun = self.begun(&topic, &schema);
-        let (start, view, failed) = match begun {
-            Ok((start, view)) => (start, view, None),
-            Err(error) => (Start::default(), None, Some(error)),
-        };
-        if let Some(error) = failed {
-            let no = topic.no;
-            let ours = self.committer.change(move |_, live| Ok::<_, LifecycleError>(live.close(no))).await?;
-            if ours {
+        let (start, view, facts) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                let no = topic.no;
+                let ours = self.committer.change(move |_, live| Ok::<_, LifecycleError>(live.close(no))).await?;
+                if !ours {
+                    // Deleted meanwhile: the deletion waits for this upload's `Open`, and ends it.
+                    self.writers.of(no).send(Message::Abandon { topic: no }).await.map_err(|_| StorageError::Gone)?;
+                }
                 return Err(error);
             }
-            // Deleted meanwhile: the deletion waits for this upload's `Open`, and ends it.
-        }
+        };
         let open = Message::Open {
-            topic: Box::new(topic.clone()),
+            facts: Arc::new(facts),
             schema: Arc::clone(&schema),
             encoder: Box::new(encoder.with_index(ontology.record.derived.clone())),
             watermark,
@@ -182,8 +186,10 @@ impl Lifecycle {
     }
 
     /// What an upload goes on from: the tail, which joins its first chunk, and where the files end.
-    fn begun(&self, topic: &TopicRecord, schema: &TopicSchema) -> Result<(Start, Option<Arc<TopicView>>)> {
-        let catalog = self.catalog.view();
+    fn begun(&self, topic: &TopicRecord, schema: &TopicSchema) -> Result<Begun> {
+        let pin = self.catalog.pin()?;
+        let catalog = pin.view();
+        let facts = TopicFacts::load(&catalog, topic)?.ok_or(StorageError::Gone)?;
         let totals = catalog.totals(topic.no)?;
         let segments = catalog.segments(topic.no)?;
         let mut start = Start {
@@ -192,7 +198,7 @@ impl Lifecycle {
             ..Start::default()
         };
         if totals.batches == 0 {
-            return Ok((start, None));
+            return Ok((start, None, facts));
         }
         let view = TopicView::load(&catalog, &self.data_dir, topic.clone())?.ok_or(StorageError::Gone)?;
         for run in view.tail() {
@@ -207,7 +213,7 @@ impl Lifecycle {
                 (one, other) => one.or(other),
             };
         }
-        Ok((start, Some(Arc::new(view))))
+        Ok((start, Some(Arc::new(view)), facts))
     }
 
     /// Ends an upload and waits until everything of it is durable.
@@ -262,6 +268,15 @@ impl Lifecycle {
                 Ok(txn.put(Family::Topics, keys::topic(no), &topic)?)
             })
             .await
+    }
+
+    /// Closes the tail of a topic that nobody writes into a chunk. It stays unlocked, to be resumed.
+    pub(crate) async fn close_tail(&self, topic: TopicRecord) -> Result<()> {
+        let totals = self.catalog.totals(topic.no)?;
+        let Some(message) = self.catalog.topic_schema(topic.no)? else { return Ok(()) };
+        let schema = Arc::new(TopicSchema::derive(storage::schema::from_ipc(&message)?)?);
+        let upload = self.open_upload(topic.locator, topic.id, schema, Some(totals.batches)).await?;
+        self.end_upload(upload.topic.no, End::Close).await
     }
 
     /// For unattended recorders: finalizes every session that was interrupted, with what is durable of it.

@@ -343,7 +343,8 @@ impl Engine {
     /// Looks through the index of all topics of a tag.
     fn scan(&self, tag: &str, expr: &Expr, allowed: Option<&HashSet<TopicNo>>, cost: &Cost) -> Result<Vec<Survivor>> {
         // The view first: a version registered behind it can only belong to topics it does not show.
-        let view = self.catalog.view();
+        let pin = self.catalog.pin()?;
+        let view = pin.view();
         let versions = self.registry.versions(tag);
         let mut bounds: HashMap<u32, Arc<(Bound, Arc<Ontology>)>> = HashMap::new();
         for version in &versions {
@@ -423,7 +424,8 @@ impl Engine {
     fn rows(&self, survivor: Survivor) -> Result<Option<Rows>> {
         let Some(topic) = self.catalog.topic(survivor.topic)? else { return Ok(None) };
         let view = {
-            let view = self.catalog.view();
+            let pin = self.catalog.pin()?;
+            let view = pin.view();
             TopicView::load(&view, &self.data_dir, topic)?
         };
         let Survivor { verdicts, bound, .. } = survivor;

@@ -5,6 +5,7 @@
 //! A `Disk` belongs to one thread and is not `Send`: its operations are futures of that thread's
 //! runtime. Buffers are given away with an operation and come back with its result, also on failure.
 
+use crate::files::{self, Entry};
 use std::future::Future;
 use std::io;
 use std::ops::DerefMut;
@@ -99,6 +100,35 @@ pub trait Disk: Clone + 'static {
     fn link(&self, from: &Path, to: &Path) -> impl Future<Output = io::Result<()>>;
     /// Removes a folder and all below it; one that is not there is fine.
     fn remove_dir(&self, path: &Path) -> impl Future<Output = io::Result<()>>;
+    /// What is in a folder, by name; nothing when it is not there. This and what follows are for the
+    /// passes at start and the steward, and may block: never for a writer.
+    fn list(&self, path: &Path) -> impl Future<Output = io::Result<Vec<Entry>>> {
+        std::future::ready(files::list(path))
+    }
+    /// Length of a file, in bytes.
+    fn length(&self, path: &Path) -> impl Future<Output = io::Result<u64>> {
+        std::future::ready(std::fs::metadata(path).map(|metadata| metadata.len()))
+    }
+    /// Where the data behind `from` ends (see [`files::data_end`]).
+    fn data_end(&self, path: &Path, from: u64) -> impl Future<Output = io::Result<u64>> {
+        std::future::ready(files::data_end(path, from))
+    }
+    /// Removes a file; one that is not there is fine.
+    fn remove_file(&self, path: &Path) -> impl Future<Output = io::Result<()>> {
+        std::future::ready(files::remove_file(path))
+    }
+    /// The bytes of a small file; `None` when it is not there.
+    fn read_small(&self, path: &Path) -> impl Future<Output = io::Result<Option<Vec<u8>>>> {
+        std::future::ready(files::read_small(path))
+    }
+    /// Writes a small file whole, durably, in place of what was there.
+    fn replace(&self, path: &Path, bytes: &[u8]) -> impl Future<Output = io::Result<()>> {
+        std::future::ready(files::replace(path, bytes))
+    }
+    /// Gives a file or folder another name, durably.
+    fn rename(&self, from: &Path, to: &Path) -> impl Future<Output = io::Result<()>> {
+        std::future::ready(files::rename(from, to))
+    }
     /// Lets the kernel have what was submitted and lets other tasks of the thread run: a writer
     /// calls it at least once per slice of work.
     fn breathe(&self) -> impl Future<Output = ()>;

@@ -80,9 +80,23 @@ impl StorageError {
         Self::Io { op, path: path.into(), source: Arc::new(source) }
     }
 
+    /// Whether the catalog says that its own bytes are damaged.
+    pub fn is_corruption(&self) -> bool {
+        matches!(self, Self::Catalog { text, .. } if text.starts_with("Corruption"))
+    }
+
+    /// Whether bytes on disk are not those that were written.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Checksum { .. } | Self::Decode { .. } | Self::Format { .. })
+    }
+
     /// Whether the cause is a full disk.
     pub fn is_full_disk(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
+        match self {
+            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
+            Self::Catalog { text, .. } => text.contains("No space left"),
+            _ => false,
+        }
     }
 }
 

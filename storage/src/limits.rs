@@ -22,6 +22,14 @@ pub const RING_ENTRIES: u32 = 256;
 /// Most bytes of a chunk trailer that recovery will read. Bounds an allocation made from a length on disk.
 pub const TRAILER_BYTES_MAX: u64 = 64 << 20;
 
+/// Most bytes of a segment's head, which carries the topic's schema and user metadata (4 MiB at most).
+/// Bounds an allocation made from a length on disk.
+pub const HEAD_BYTES_MAX: u64 = 32 << 20;
+
+/// Most bytes of a small file of ours: the manifest of a finalized sequence is the largest, with the user
+/// metadata and schemas of all its topics.
+pub const SMALL_FILE_BYTES_MAX: u64 = 1 << 30;
+
 /// Largest uncompressed page aimed at, in bytes. A single larger value makes its own page.
 pub const PAGE_BYTES: usize = 1 << 20;
 
@@ -51,6 +59,9 @@ pub const SKIP_BLOCK_CHUNKS: usize = 256;
 
 /// Chunks read and decoded at once, over all readers. Each holds its bytes twice for a moment.
 pub const CHUNKS_LOADING_MAX: usize = 8;
+
+/// Reports of damaged chunks that wait to be looked at; more are found again by the next read.
+pub const DAMAGE_REPORTS_MAX: usize = 256;
 
 /// Streams that may hold decoded chunks at once while they put a batch together.
 pub const STREAMS_HOLDING_MAX: usize = 4;

@@ -7,7 +7,7 @@
 //! File reads run on a ring of their own ([`serve`]): a reader never delays a writer.
 
 use crate::catalog::Look;
-use crate::catalog::records::TopicRecord;
+use crate::catalog::records::{DamageRecord, TopicRecord};
 use crate::chunk::decode::{ChunkBytes, RowGroup, decode, decode_leaves, verify_columns};
 use crate::chunk::record::{BatchMark, ChunkRecord};
 use crate::disk::{Disk, IoCounters};
@@ -25,7 +25,7 @@ use parquet::schema::types::SchemaDescPtr;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 /// A half-open time range in nanoseconds; an absent side is open.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -84,7 +84,7 @@ pub async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<ReadJob>, counters
 }
 
 /// Reads `length` bytes at a block-aligned offset.
-async fn read_range<D: Disk>(disk: &D, path: &Path, at: u64, length: u64) -> Result<Bytes> {
+pub(crate) async fn read_range<D: Disk>(disk: &D, path: &Path, at: u64, length: u64) -> Result<Bytes> {
     let file = disk.open(path).await.map_err(|error| StorageError::io("open", path, error))?;
     let mut out = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
     while (out.len() as u64) < length {
@@ -118,6 +118,8 @@ pub struct TopicView {
     dir: PathBuf,
     chunks: Vec<ChunkRecord>,
     tail: Vec<TailRun>,
+    /// What is known to be damaged: its rows are left out.
+    damaged: Vec<DamageRecord>,
 }
 
 impl TopicView {
@@ -134,7 +136,23 @@ impl TopicView {
         let chunks = look.chunks(record.no)?;
         let tail = look.tail(record.no, chunks.last().map_or(0, |chunk| chunk.end_batch))?;
         let dir = segment::topic_dir(data_dir, record.sequence, record.id);
-        Ok(Some(Self { record, schema, descriptor, dir, chunks, tail }))
+        let damaged = look.damaged(record.no)?;
+        Ok(Some(Self { record, schema, descriptor, dir, chunks, tail, damaged }))
+    }
+
+    /// Folder of its segments.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What is known to be damaged of it, in row order.
+    pub fn damaged(&self) -> &[DamageRecord] {
+        &self.damaged
+    }
+
+    /// Whether the chunk that starts at a row is known to be damaged.
+    pub fn is_damaged(&self, first_row: u64) -> bool {
+        self.damaged.iter().any(|damage| damage.first_row == first_row)
     }
 
     /// Its chunks, in row order.
@@ -167,7 +185,8 @@ impl TopicView {
     }
 
     fn sources(&self) -> impl Iterator<Item = Source> {
-        let chunks = self.chunks.iter().enumerate().filter_map(|(index, chunk)| {
+        let whole = self.chunks.iter().enumerate().filter(|(_, chunk)| !self.is_damaged(chunk.first_row));
+        let chunks = whole.filter_map(|(index, chunk)| {
             chunk.time.map(|time| Source {
                 place: Place::Chunk(index),
                 time,
@@ -250,6 +269,8 @@ pub struct Loader {
     loading: Arc<Semaphore>,
     /// Streams that hold decoded chunks at once, beyond the cache.
     holding: Arc<Semaphore>,
+    /// Chunks that were found damaged, for whoever looks at them again.
+    damaged: broadcast::Sender<(TopicNo, u64)>,
 }
 
 #[derive(Debug)]
@@ -269,7 +290,21 @@ impl Loader {
             cache: Arc::new(Mutex::new(cache)),
             loading: Arc::new(Semaphore::new(limits::CHUNKS_LOADING_MAX)),
             holding: Arc::new(Semaphore::new(limits::STREAMS_HOLDING_MAX)),
+            damaged: broadcast::Sender::new(limits::DAMAGE_REPORTS_MAX),
         }
+    }
+
+    /// Hears of the chunks, by topic and first row, that reads find damaged from now on.
+    pub fn reports(&self) -> broadcast::Receiver<(TopicNo, u64)> {
+        self.damaged.subscribe()
+    }
+
+    /// Tells whoever listens when a chunk's bytes are not those that were written.
+    fn report<T>(&self, (topic, first_row): (TopicNo, u64), result: Result<T>) -> Result<T> {
+        if result.as_ref().is_err_and(StorageError::is_damage) {
+            self.damaged.send((topic, first_row)).ok(); // Nobody listens: a command on a stopped recorder.
+        }
+        result
     }
 
     /// Drops what is cached of a topic: it was deleted.
@@ -290,7 +325,7 @@ impl Loader {
                 None => Err(StorageError::Gone),
             },
             Place::Chunk(index) => match view.chunks.get(index) {
-                Some(chunk) => self.load_chunk(view, chunk).await,
+                Some(chunk) => self.report((view.record.no, chunk.first_row), self.load_chunk(view, chunk).await),
                 None => Err(StorageError::Gone),
             },
         }
@@ -311,20 +346,40 @@ impl Loader {
         let job = ReadJob { path: path.clone(), at: chunk.offset, length: chunk.length, reply };
         self.jobs.send(job).await.map_err(|_| StorageError::Gone)?;
         let bytes = answer.await.map_err(|_| StorageError::Gone)??;
+        let bytes = ChunkBytes::whole(chunk.offset, bytes);
+        let (record, for_check) = (chunk.clone(), bytes.clone());
+        // Checksums are CPU work: off the threads that serve sockets.
+        let checked = tokio::task::spawn_blocking(move || verify_columns(&path, &record, &for_check, None));
+        checked.await.map_err(|error| StorageError::Format { op: "check", text: error.to_string() })??;
+        let batch = self.decode(view, chunk, bytes).await?;
+        self.keep(key, batch.clone());
+        Ok(batch)
+    }
+
+    /// The rows of a chunk whose bytes were checked.
+    ///
+    /// # Errors
+    /// When they are not the pages that its columns promise.
+    pub async fn decode(&self, view: &TopicView, chunk: &ChunkRecord, bytes: ChunkBytes) -> Result<RecordBatch> {
         let (chunk, schema, descriptor) = (chunk.clone(), Arc::clone(&view.schema), Arc::clone(&view.descriptor));
-        // Checksums and decoding are CPU work: off the threads that serve sockets.
         let decoded = tokio::task::spawn_blocking(move || {
-            let bytes = ChunkBytes::whole(chunk.offset, bytes);
-            verify_columns(&path, &chunk, &bytes, None)?;
             let batches = decode(row_group(&schema, &descriptor, &chunk), bytes)?;
             match batches.as_slice() {
                 [one] => Ok::<_, StorageError>(one.clone()),
                 many => Ok(arrow::compute::concat_batches(&schema.stored, many)?),
             }
         });
-        let batch = decoded.await.map_err(|error| StorageError::Format { op: "decode", text: error.to_string() })??;
-        self.keep(key, batch.clone());
-        Ok(batch)
+        decoded.await.map_err(|error| StorageError::Format { op: "decode", text: error.to_string() })?
+    }
+
+    /// Bytes of a file from a block boundary on, past the cache.
+    ///
+    /// # Errors
+    /// When they cannot be read or the file is shorter.
+    pub async fn raw(&self, path: &Path, at: u64, length: u64) -> Result<Bytes> {
+        let (reply, answer) = oneshot::channel();
+        self.jobs.send(ReadJob { path: path.to_owned(), at, length, reply }).await.map_err(|_| StorageError::Gone)?;
+        answer.await.map_err(|_| StorageError::Gone)?
     }
 
     /// The batches of a chunk as they came, from the trailer in its file.
@@ -358,6 +413,10 @@ impl Loader {
             return Ok((self.load(view, place).await?, 0));
         };
         let chunk = view.chunks.get(index).ok_or(StorageError::Gone)?;
+        self.report((view.record.no, chunk.first_row), self.load_some(view, chunk, leaves).await)
+    }
+
+    async fn load_some(&self, view: &TopicView, chunk: &ChunkRecord, leaves: &[usize]) -> Result<(RecordBatch, u64)> {
         if let Some(batch) = self.cached((view.record.no, chunk.first_row)) {
             return Ok((batch, 0));
         }

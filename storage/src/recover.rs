@@ -10,12 +10,72 @@ use crate::chunk::stats::FieldStats;
 use crate::chunk::{ChunkRecord, Compression, TopicEncoder};
 use crate::disk::{Disk, Durability, IoCounters, make_dirs};
 use crate::error::{Result, StorageError};
-use crate::ids::SegmentId;
+use crate::files::Entry;
+use crate::ids::{SegmentId, SequenceId};
 use crate::limits::RING_BUFFER_BYTES;
+use crate::manifest;
+use crate::rebuild::Rebuilt;
 use crate::schema::TopicSchema;
-use crate::segment::{self, FIRST_CHUNK_OFFSET, FooterFacts};
+use crate::segment::{self, FooterFacts, Head, TopicFacts};
+use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+
+/// What the start found of one topic and did about it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicReceipt {
+    /// The topic.
+    pub locator: String,
+    /// Whether it is locked; an interrupted one keeps its durable prefix and may go on.
+    pub locked: bool,
+    /// Durable rows.
+    pub rows: u64,
+    /// Durable batches.
+    pub batches: u64,
+    /// Chunks that were whole in the files and not in the catalog.
+    pub adopted_chunks: u64,
+    /// Rows in them.
+    pub adopted_rows: u64,
+    /// Bytes in files behind the last chunk: written and never acknowledged.
+    pub discarded_bytes: u64,
+    /// Chunks that are left out because their bytes are damaged.
+    pub damaged_chunks: u64,
+    /// Whether segments were sealed.
+    pub sealed: bool,
+    /// Why they could not be.
+    pub unsealed: Option<String>,
+}
+
+/// What a start found and did, as it is logged and kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receipt {
+    /// When, in nanoseconds since 1970.
+    pub at_ns: i64,
+    /// How long it took, in milliseconds.
+    pub took_ms: u64,
+    /// Why the catalog was made again from the files, if it was.
+    pub catalog_was: Option<String>,
+    /// What came back then.
+    pub rebuilt: Option<Rebuilt>,
+    /// The interrupted topics, and others that were not at rest.
+    pub topics: Vec<TopicReceipt>,
+    /// Deletions that were finished.
+    pub deletions_finished: u64,
+    /// What no record owned.
+    pub orphans_removed: Vec<PathBuf>,
+}
+
+impl Receipt {
+    /// Whether there was nothing to do and nothing to tell.
+    pub fn is_empty(&self) -> bool {
+        let Self { catalog_was, rebuilt, topics, deletions_finished, orphans_removed, .. } = self;
+        catalog_was.is_none()
+            && rebuilt.is_none()
+            && topics.is_empty()
+            && *deletions_finished == 0
+            && orphans_removed.is_empty()
+    }
+}
 
 /// Seals a topic's open segments below a number, or all; a topic that has none at all then gets an
 /// empty one, so that it has a file.
@@ -31,20 +91,17 @@ pub async fn seal_topic<D: Disk>(
     below: Option<u32>,
     counters: &IoCounters,
 ) -> Result<Vec<SegmentRecord>> {
-    let Some(message) = look.topic_schema(topic.no)? else {
+    // As it is now: it may have been locked, or deleted, since it was asked for.
+    let Some(topic) = &look.topic(topic.no)? else {
         return Ok(Vec::new());
     };
-    let schema = TopicSchema::derive(crate::schema::from_ipc(&message)?)?;
+    let Some(facts) = TopicFacts::load(look, topic)? else {
+        return Ok(Vec::new());
+    };
+    let schema = TopicSchema::derive(crate::schema::from_ipc(&facts.schema)?)?;
     let mut segments = look.segments(topic.no)?;
     if segments.is_empty() && below.is_none() {
-        segments.push(SegmentRecord {
-            no: 0,
-            id: SegmentId::random(),
-            epoch: 0,
-            end_offset: FIRST_CHUNK_OFFSET,
-            sealed_length: None,
-        });
-        create_empty(disk, data_dir, topic, counters).await?;
+        segments.push(create_empty(disk, data_dir, facts, counters).await?);
     }
     segments.retain(|segment| segment.sealed_length.is_none() && below.is_none_or(|below| segment.no < below));
     if segments.is_empty() {
@@ -69,6 +126,7 @@ pub async fn seal_topic<D: Disk>(
             format: topic.format,
             user_metadata: topic.user_metadata.clone(),
             segment: record.no,
+            completed_at_ns: topic.completed_at_ns,
         };
         let footer = segment::footer(&schema.stored, encoder.descriptor(), &of_segment, &facts)?;
         let path = segment::topic_dir(data_dir, topic.sequence, topic.id).join(segment::file_name(record.no));
@@ -78,17 +136,24 @@ pub async fn seal_topic<D: Disk>(
     Ok(segments)
 }
 
-async fn create_empty<D: Disk>(disk: &D, data_dir: &Path, topic: &TopicRecord, counters: &IoCounters) -> Result<()> {
-    let dir = segment::topic_dir(data_dir, topic.sequence, topic.id);
+/// The only segment of a topic without rows.
+async fn create_empty<D: Disk>(
+    disk: &D,
+    data_dir: &Path,
+    facts: TopicFacts,
+    counters: &IoCounters,
+) -> Result<SegmentRecord> {
+    let dir = segment::topic_dir(data_dir, facts.topic.sequence, facts.topic.id);
     let path = dir.join(segment::file_name(0));
-    match create_segment(disk, data_dir, &dir, &path, counters).await {
-        // Left by a crash between this and the commit of its record.
-        Err(StorageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        other => other.map(|_| ()),
-    }
+    let head = Head { segment: 0, segment_id: SegmentId::random(), epoch: 0, facts };
+    // One that is there was left by a crash between this and the commit of its record.
+    disk.remove_file(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
+    let (_, end_offset) = create_segment(disk, data_dir, &dir, &path, &head, counters).await?;
+    Ok(SegmentRecord { no: 0, id: head.segment_id, epoch: 0, end_offset, sealed_length: None })
 }
 
-/// Makes a segment file with its first block; file, folder and new parents are durable on return.
+/// Makes a segment file with its head; file, folder and new parents are durable on return. Returns the
+/// file and where its first chunk goes.
 ///
 /// # Errors
 /// When one of them cannot be made, or the file exists.
@@ -97,15 +162,17 @@ pub async fn create_segment<D: Disk>(
     data_dir: &Path,
     dir: &Path,
     path: &Path,
+    head: &Head,
     counters: &IoCounters,
-) -> Result<D::File> {
+) -> Result<(D::File, u64)> {
+    let head = head.encode()?;
     make_dirs(disk, data_dir, dir).await.map_err(|error| StorageError::io("make folder", dir, error))?;
     let file = disk.create(path).await.map_err(|error| StorageError::io("create", path, error))?;
-    write_padded(disk, &file, path, 0, &segment::head_block()).await?;
+    let first_chunk = write_padded(disk, &file, path, 0, &head).await?;
     disk.sync(&file).await.map_err(|error| StorageError::io("sync", path, error))?;
     disk.sync_dir(dir).await.map_err(|error| StorageError::io("sync folder", dir, error))?;
-    IoCounters::add(&counters.footer, FIRST_CHUNK_OFFSET);
-    Ok(file)
+    IoCounters::add(&counters.footer, first_chunk);
+    Ok((file, first_chunk))
 }
 
 async fn write_footer<D: Disk>(disk: &D, path: &Path, at: u64, footer: &[u8], counters: &IoCounters) -> Result<()> {
@@ -174,78 +241,111 @@ pub fn browse_dir(data_dir: &Path, locator: &str) -> PathBuf {
 /// When one cannot be removed; the deletion's record then stays, and the next start tries again.
 pub async fn remove_folders<D: Disk>(disk: &D, data_dir: &Path, folders: &[String]) -> Result<()> {
     for folder in folders {
-        let path = match folder.strip_suffix("/*") {
-            Some(folder) => {
-                let path = data_dir.join(folder);
-                remove_files_in(&path)?;
-                path
-            }
-            None => {
-                let path = data_dir.join(folder);
-                disk.remove_dir(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
-                path
-            }
+        let (path, only_files) = match folder.strip_suffix("/*") {
+            Some(folder) => (data_dir.join(folder), true),
+            None => (data_dir.join(folder), false),
         };
-        if let Some(parent) = path.parent().filter(|parent| parent.is_dir()) {
-            disk.sync_dir(parent).await.map_err(|error| StorageError::io("sync folder", parent, error))?;
+        let mut remains = false;
+        if only_files {
+            for entry in list(disk, &path).await? {
+                remains |= entry.is_dir;
+                if !entry.is_dir {
+                    remove_file(disk, &entry.path).await?;
+                }
+            }
+        }
+        if !remains {
+            disk.remove_dir(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
+        }
+        if let Some(parent) = path.parent() {
+            match disk.sync_dir(parent).await {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(StorageError::io("sync folder", parent, error));
+                }
+                _ => {}
+            }
         }
     }
     Ok(())
 }
 
-fn remove_files_in(dir: &Path) -> Result<()> {
-    for path in list(dir)? {
-        if !path.is_dir() {
-            std::fs::remove_file(&path).map_err(|error| StorageError::io("remove", &path, error))?;
-        }
-    }
-    match std::fs::remove_dir(dir) {
-        Err(error) if !matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::DirectoryNotEmpty) => {
-            Err(StorageError::io("remove", dir, error))
-        }
-        _ => Ok(()),
-    }
+/// The files in a topic's folder.
+///
+/// # Errors
+/// When it cannot be listed.
+pub async fn files_of<D: Disk>(disk: &D, data_dir: &Path, topic: &TopicRecord) -> Result<Vec<PathBuf>> {
+    let dir = segment::topic_dir(data_dir, topic.sequence, topic.id);
+    Ok(list(disk, &dir).await?.into_iter().map(|entry| entry.path).collect())
 }
 
-/// Files and folders under `sequences/` that no record owns, to be removed. Pure over its inputs.
+/// Removes those of a topic's files that have no record: written for an upload that failed, or not committed
+/// when the recorder died. Returns the bytes they held.
+///
+/// `files` are those that were there *before* it was known that nobody writes the topic: an upload that
+/// begins meanwhile passes over every name that is taken, so its file is none of them.
+///
+/// # Errors
+/// When one cannot be removed.
+pub async fn remove_uncommitted<D: Disk>(disk: &D, files: Vec<PathBuf>, records: &[SegmentRecord]) -> Result<u64> {
+    let owned = |path: &Path| records.iter().any(|record| path.ends_with(segment::file_name(record.no)));
+    let mut bytes = 0;
+    for path in files.into_iter().filter(|path| !owned(path)) {
+        bytes += disk.length(&path).await.unwrap_or(0);
+        remove_file(disk, &path).await?;
+    }
+    Ok(bytes)
+}
+
+/// Folders under `sequences/` that no record owns, to be removed: sequences, and the topics of a sequence.
 ///
 /// # Errors
 /// When a folder cannot be listed or the catalog cannot be read.
-pub fn orphans(look: &impl Look, data_dir: &Path) -> Result<Vec<PathBuf>> {
-    let mut owned_dirs = HashSet::new();
-    let mut owned_files = HashSet::new();
-    for sequence in look.sequences()? {
-        owned_dirs.insert(segment::sequence_dir(data_dir, sequence.id));
-        for topic in look.topics_of(sequence.id)? {
-            let dir = segment::topic_dir(data_dir, topic.sequence, topic.id);
-            for segment in look.segments(topic.no)? {
-                owned_files.insert(dir.join(segment::file_name(segment.no)));
-            }
-            owned_dirs.insert(dir);
+pub async fn orphans<D: Disk>(
+    disk: &D,
+    look: &impl Look,
+    data_dir: &Path,
+    unsettled: &[SequenceRecord],
+) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in list(disk, &data_dir.join("sequences")).await? {
+        let id = entry.path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+        let known = match id {
+            Some(id) => look.sequence(SequenceId(id))?.is_some(),
+            None => false,
+        };
+        if !known {
+            found.push(entry.path);
         }
     }
-    let mut found = Vec::new();
-    for sequence in list(&data_dir.join("sequences"))? {
-        if !owned_dirs.contains(&sequence) {
-            found.push(sequence);
-            continue;
-        }
-        for topic in list(&sequence)? {
-            if !owned_dirs.contains(&topic) {
-                found.push(topic);
-                continue;
-            }
-            found.extend(list(&topic)?.into_iter().filter(|file| !owned_files.contains(file)));
-        }
+    for sequence in unsettled {
+        let dir = segment::sequence_dir(data_dir, sequence.id);
+        let mut owned: HashSet<PathBuf> = look
+            .topics_of(sequence.id)?
+            .iter()
+            .map(|topic| segment::topic_dir(data_dir, topic.sequence, topic.id))
+            .collect();
+        owned.insert(manifest::path(data_dir, sequence.id));
+        found.extend(list(disk, &dir).await?.into_iter().map(|entry| entry.path).filter(|path| !owned.contains(path)));
     }
     Ok(found)
 }
 
-fn list(dir: &Path) -> Result<Vec<PathBuf>> {
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(StorageError::io("list", dir, error)),
-    };
-    entries.map(|entry| entry.map(|entry| entry.path()).map_err(|error| StorageError::io("list", dir, error))).collect()
+/// Removes a file or folder that nobody owns.
+///
+/// # Errors
+/// When it cannot be removed.
+pub async fn remove_orphan<D: Disk>(disk: &D, path: &Path) -> Result<()> {
+    // A file is told from a folder by what the system says to the first of the two.
+    match disk.remove_dir(path).await {
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => remove_file(disk, path).await,
+        other => other.map_err(|error| StorageError::io("remove", path, error)),
+    }
+}
+
+async fn remove_file<D: Disk>(disk: &D, path: &Path) -> Result<()> {
+    disk.remove_file(path).await.map_err(|error| StorageError::io("remove", path, error))
+}
+
+async fn list<D: Disk>(disk: &D, dir: &Path) -> Result<Vec<Entry>> {
+    disk.list(dir).await.map_err(|error| StorageError::io("list", dir, error))
 }

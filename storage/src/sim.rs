@@ -1,20 +1,26 @@
 //! A disk that lies by stated rules, deterministic from a seed.
 //!
 //! What it may do, and when:
-//! - Any operation completes late, after others that were submitted behind it.
-//! - A write or sync may fail (`Faults`); a failed write may have left any of its sectors.
+//! - Any operation completes late, after others that were submitted behind it; now and then one is stuck
+//!   for hundreds of turns.
+//! - A write, sync, read or name may fail (`Faults`): a failed write may have left a part of its sectors, a
+//!   full disk (`space`) refuses new blocks and names. A read that fails succeeds when it is repeated.
 //! - At the crash everything stops. Then of every write that no later sync of its file made durable, any
 //!   512-byte sectors are there and the others are not; so for the file's length. A sync makes durable
 //!   what was complete when it was asked for. Names (files and folders, at every level) that no later
 //!   sync of their folder made durable are there or not, each by itself; what lies in a lost folder is lost.
-//! - Removals and links are durable at once (both are done again after a crash by what asked for them).
+//! - Removals, links, renames and whole small files are durable at once and never half done (removals and
+//!   links are done again after a crash by what asked for them, the others are synced on the real disk).
 //!
-//! - Only where a test plants it: syncs that say yes and do nothing.
+//! - Only where a test plants it: syncs that say yes and do nothing; writes that land a block beside their
+//!   place; bits that rot at rest.
 //!
-//! It does not: change what was durable, tear within a sector, or lose what a completed sync covered.
+//! It does not, unless planted: change what was durable, tear within a sector, or lose what a completed sync
+//! covered.
 
 use crate::disk::{Disk, Durability};
-use crate::limits::RING_BUFFER_BYTES;
+use crate::files::Entry;
+use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -25,6 +31,7 @@ use tokio::sync::Notify;
 
 const SECTOR_BYTES: usize = 512;
 const PAUSE: u64 = 4;
+const STUCK_TURNS: u64 = 300;
 
 /// How often what goes wrong, of 1,000 operations.
 #[derive(Debug, Clone, Copy, Default)]
@@ -33,6 +40,14 @@ pub struct Faults {
     pub writes: u32,
     /// Syncs that fail.
     pub syncs: u32,
+    /// Reads that fail once.
+    pub reads: u32,
+    /// Writes, files and folders that are refused because the disk is full.
+    pub space: u32,
+    /// Operations that are stuck for hundreds of turns.
+    pub stuck: u32,
+    /// Planted: writes that land one block beside their place and say yes.
+    pub misdirected: u32,
     /// Every sync of a file says yes and does nothing: the planted bug *acknowledged before it is durable*.
     pub file_syncs_lie: bool,
     /// The same for folders: the planted bug *a file whose name is not durable*.
@@ -201,7 +216,10 @@ impl SimDisk {
 
     /// Counts an operation and lets others run before it; never returns once the disk has crashed.
     async fn step(&self) {
-        let pause = self.random.borrow_mut().below(self.pause);
+        let mut pause = self.random.borrow_mut().below(self.pause);
+        if self.fails(|faults| faults.stuck) {
+            pause += STUCK_TURNS;
+        }
         for _ in 0..pause {
             tokio::task::yield_now().await;
         }
@@ -218,8 +236,27 @@ impl SimDisk {
         }
     }
 
-    fn fails(&self, of_1000: u32) -> bool {
-        self.random.borrow_mut().below(1000) < u64::from(of_1000)
+    /// Whether this operation is one of those that go wrong.
+    fn fails(&self, of_1000: impl Fn(&Faults) -> u32) -> bool {
+        let of_1000 = of_1000(&self.world.borrow().faults);
+        of_1000 > 0 && self.random.borrow_mut().below(1000) < u64::from(of_1000)
+    }
+
+    /// Refuses when the disk is full, or says it is.
+    fn room(&self) -> io::Result<()> {
+        if self.fails(|faults| faults.space) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    /// Flips a bit of a file at rest: seen by every later read, before and after a crash.
+    pub fn rot(&self, path: &Path, at: usize, bit: u8) {
+        let mut world = self.world.borrow_mut();
+        let Some(file) = world.names.get(path).copied() else { return };
+        let file = &mut world.files[file];
+        for bytes in [&mut file.seen, &mut file.durable] {
+            if let Some(byte) = bytes.get_mut(at) {
+                *byte ^= 1 << (bit % 8);
+            }
+        }
     }
 }
 
@@ -290,6 +327,7 @@ impl Disk for SimDisk {
 
     async fn create(&self, path: &Path) -> io::Result<SimHandle> {
         self.step().await;
+        self.room()?;
         let mut world = self.world.borrow_mut();
         if world.names.contains_key(path) {
             return Err(io::ErrorKind::AlreadyExists.into());
@@ -321,7 +359,11 @@ impl Disk for SimDisk {
         let (disk, file) = (self.clone(), file.0);
         async move {
             disk.step().await;
-            let fails = disk.fails(disk.world.borrow().faults.writes);
+            if let Err(full) = disk.room() {
+                return (Err(full), buf);
+            }
+            let fails = disk.fails(|faults| faults.writes);
+            let at = if disk.fails(|faults| faults.misdirected) { at + BLOCK_BYTES } else { at };
             {
                 let mut world = disk.world.borrow_mut();
                 let file = &mut world.files[file];
@@ -351,6 +393,9 @@ impl Disk for SimDisk {
         let (disk, file) = (self.clone(), file.0);
         async move {
             disk.step().await;
+            if disk.fails(|faults| faults.reads) {
+                return (Err(io::Error::other("simulated read error")), buf);
+            }
             let count = {
                 let world = disk.world.borrow();
                 let seen = &world.files[file].seen;
@@ -372,7 +417,7 @@ impl Disk for SimDisk {
         };
         async move {
             disk.step().await;
-            if disk.fails(disk.world.borrow().faults.syncs) {
+            if disk.fails(|faults| faults.syncs) {
                 return Err(io::Error::other("simulated sync error"));
             }
             let mut world = disk.world.borrow_mut();
@@ -416,6 +461,7 @@ impl Disk for SimDisk {
 
     async fn make_dir(&self, path: &Path) -> io::Result<()> {
         self.step().await;
+        self.room()?;
         let mut world = self.world.borrow_mut();
         if world.folders.insert(path.to_owned()) {
             world.unsynced_names.insert(path.to_owned());
@@ -425,7 +471,7 @@ impl Disk for SimDisk {
 
     async fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.step().await;
-        if self.fails(self.world.borrow().faults.syncs) {
+        if self.fails(|faults| faults.syncs) {
             return Err(io::Error::other("simulated sync error"));
         }
         let mut world = self.world.borrow_mut();
@@ -439,16 +485,80 @@ impl Disk for SimDisk {
         self.step().await;
         let mut world = self.world.borrow_mut();
         let file = world.names.get(from).copied().ok_or(io::ErrorKind::NotFound)?;
-        world.names.insert(to.to_owned(), file);
+        world.names.entry(to.to_owned()).or_insert(file);
         Ok(())
     }
 
     async fn remove_dir(&self, path: &Path) -> io::Result<()> {
         self.step().await;
         let mut world = self.world.borrow_mut();
+        if world.names.contains_key(path) {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
         world.names.retain(|name, _| !name.starts_with(path));
         world.folders.retain(|name| !name.starts_with(path));
         world.unsynced_names.retain(|name| !name.starts_with(path));
+        Ok(())
+    }
+
+    async fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        self.step().await;
+        let world = self.world.borrow();
+        let inside = |name: &&PathBuf| name.parent() == Some(path);
+        let folders = world.folders.iter().filter(inside).map(|path| Entry { path: path.clone(), is_dir: true });
+        let files = world.names.keys().filter(inside).map(|path| Entry { path: path.clone(), is_dir: false });
+        let mut all: Vec<Entry> = folders.chain(files).collect();
+        all.sort();
+        Ok(all)
+    }
+
+    async fn length(&self, path: &Path) -> io::Result<u64> {
+        self.step().await;
+        let world = self.world.borrow();
+        let file = world.names.get(path).ok_or(io::ErrorKind::NotFound)?;
+        Ok(world.files[*file].seen.len() as u64)
+    }
+
+    async fn data_end(&self, path: &Path, from: u64) -> io::Result<u64> {
+        Ok(self.length(path).await?.max(from))
+    }
+
+    async fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.step().await;
+        let mut world = self.world.borrow_mut();
+        world.names.remove(path);
+        world.unsynced_names.remove(path);
+        Ok(())
+    }
+
+    async fn read_small(&self, path: &Path) -> io::Result<Option<Vec<u8>>> {
+        self.step().await;
+        let world = self.world.borrow();
+        Ok(world.names.get(path).map(|file| world.files[*file].seen.clone()))
+    }
+
+    async fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.step().await;
+        self.room()?;
+        let mut world = self.world.borrow_mut();
+        let file = SimFile { seen: bytes.to_vec(), durable: bytes.to_vec(), ..SimFile::default() };
+        let at = world.files.len();
+        world.files.push(file);
+        world.names.insert(path.to_owned(), at);
+        world.unsynced_names.remove(path);
+        Ok(())
+    }
+
+    async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.step().await;
+        let mut world = self.world.borrow_mut();
+        let moved = |name: &Path| name.strip_prefix(from).ok().map(|rest| to.join(rest));
+        world.names = std::mem::take(&mut world.names)
+            .into_iter()
+            .map(|(name, file)| (moved(&name).unwrap_or(name), file))
+            .collect();
+        world.folders =
+            std::mem::take(&mut world.folders).into_iter().map(|name| moved(&name).unwrap_or(name)).collect();
         Ok(())
     }
 

@@ -9,7 +9,7 @@
 //! from it is encoded again, in order, into the next one. The rows are kept for that until commit,
 //! so ring buffers are only ever passing through.
 
-use crate::catalog::records::{SegmentRecord, TopicRecord};
+use crate::catalog::records::SegmentRecord;
 use crate::chunk::record::{ColumnRecord, SkipRecord, chunk_crc, column_crc_seed};
 use crate::chunk::{BatchMark, ChunkRecord, Piece, TopicEncoder, stats};
 use crate::disk::{Disk, Durability, IoCounters};
@@ -18,7 +18,7 @@ use crate::ids::{SegmentId, TopicId, TopicNo};
 use crate::limits::RING_BUFFER_BYTES;
 use crate::recover::create_segment;
 use crate::schema::TopicSchema;
-use crate::segment::{self, FIRST_CHUNK_OFFSET, Trailer};
+use crate::segment::{self, Head, TopicFacts, Trailer};
 use arrow::array::RecordBatch;
 use std::cell::Cell;
 use std::io;
@@ -113,7 +113,7 @@ fn prealloc_step(allocated: u64, write_at: u64, chunk: u64, segment_bytes: u64, 
 #[derive(Debug)]
 pub struct SegmentWriter<D: Disk> {
     dir: PathBuf,
-    topic_id: TopicId,
+    facts: Arc<TopicFacts>,
     current: Option<Current<D::File>>,
     next_no: u32,
     prealloc: Arc<PreallocBudget>,
@@ -125,6 +125,8 @@ struct Current<F> {
     path: PathBuf,
     no: u32,
     id: SegmentId,
+    /// Where its head ends.
+    first_chunk: u64,
     write_at: u64,
     allocated: u64,
     poisoned: Rc<Cell<bool>>,
@@ -177,10 +179,10 @@ impl Written {
 
 impl<D: Disk> SegmentWriter<D> {
     /// A topic that has no segment yet.
-    pub fn new(shared: &Shared, topic: &TopicRecord) -> Self {
+    pub fn new(shared: &Shared, facts: Arc<TopicFacts>) -> Self {
         Self {
-            dir: segment::topic_dir(&shared.data_dir, topic.sequence, topic.id),
-            topic_id: topic.id,
+            dir: segment::topic_dir(&shared.data_dir, facts.topic.sequence, facts.topic.id),
+            facts,
             current: None,
             next_no: 0,
             prealloc: Arc::clone(&shared.prealloc),
@@ -219,7 +221,8 @@ impl<D: Disk> SegmentWriter<D> {
     ) -> Result<Pending<D::File>> {
         if self.current.as_ref().is_some_and(|current| {
             current.poisoned.get()
-                || (current.write_at > FIRST_CHUNK_OFFSET && shared.segment_bytes < current.write_at + chunk.data_bytes)
+                || (current.write_at > current.first_chunk
+                    && shared.segment_bytes < current.write_at + chunk.data_bytes)
         }) {
             self.retire();
         }
@@ -243,7 +246,11 @@ impl<D: Disk> SegmentWriter<D> {
         };
         let encoded = encode(shared, encoder, chunk, (current.id, start), &mut sink).await;
         let result = match encoded {
-            Ok(columns) => finish(&mut sink, current, self.topic_id, topic, chunk, columns).await,
+            Ok(columns) => {
+                let fields =
+                    if shared.index { statistics(disk, shared, schema, encoder, chunk).await } else { Vec::new() };
+                finish(&mut sink, current, (self.facts.topic.id, topic), chunk, columns, fields).await
+            }
             Err(error) => Err(error),
         };
         let (trailer, kinds) = match result {
@@ -257,8 +264,7 @@ impl<D: Disk> SegmentWriter<D> {
         let padded = trailer.record.padded_length;
         current.write_at = start + padded;
         shared.prealloc.give_back(padded.min(current.allocated.saturating_sub(start)));
-        let fields = if shared.index { statistics(disk, shared, schema, encoder, chunk).await } else { Vec::new() };
-        let skip = SkipRecord { fields };
+        let skip = SkipRecord { fields: trailer.fields };
         let segment = SegmentRecord {
             no: current.no,
             id: current.id,
@@ -290,8 +296,10 @@ impl<D: Disk> SegmentWriter<D> {
             let path = self.dir.join(segment::file_name(no));
             // Taken even if making it fails: a half-made file must not be met again.
             self.next_no += 1;
-            let file = match create_segment(disk, &shared.data_dir, &self.dir, &path, &shared.counters).await {
-                Ok(file) => file,
+            let head = Head { segment: no, segment_id: SegmentId::random(), epoch: 0, facts: (*self.facts).clone() };
+            let made = create_segment(disk, &shared.data_dir, &self.dir, &path, &head, &shared.counters).await;
+            let (file, first_chunk) = match made {
+                Ok(made) => made,
                 // Left by an earlier upload that ended with nothing durable; the next start removes it.
                 Err(StorageError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(error),
@@ -300,9 +308,10 @@ impl<D: Disk> SegmentWriter<D> {
                 file,
                 path,
                 no,
-                id: SegmentId::random(),
-                write_at: FIRST_CHUNK_OFFSET,
-                allocated: FIRST_CHUNK_OFFSET,
+                id: head.segment_id,
+                first_chunk,
+                write_at: first_chunk,
+                allocated: first_chunk,
                 poisoned: Rc::default(),
             });
         }
@@ -385,10 +394,10 @@ async fn encode<D: Disk>(
 async fn finish<D: Disk>(
     sink: &mut Sink<D>,
     current: &Current<D::File>,
-    topic_id: TopicId,
-    topic: TopicNo,
+    (topic_id, topic): (TopicId, TopicNo),
     chunk: &ChunkRows,
     columns: Vec<ColumnRecord>,
+    fields: Vec<stats::FieldStats>,
 ) -> Result<(Trailer, [u64; 3])> {
     let length = sink.position() - current.write_at;
     let record = ChunkRecord {
@@ -408,7 +417,7 @@ async fn finish<D: Disk>(
         crc: chunk_crc(&columns),
         columns,
     };
-    let trailer = Trailer { topic, topic_id, record, marks: chunk.marks.clone() };
+    let trailer = Trailer { topic, topic_id, record, marks: chunk.marks.clone(), fields };
     let (trailer, bytes) = trailer.encode(length)?;
     let zeros = bytes.iter().take_while(|byte| **byte == 0).count() as u64;
     sink.put(&bytes).await;
@@ -524,8 +533,10 @@ impl<F: Clone + 'static> Pending<F> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::records::{SequenceRecord, SessionRecord, TopicRecord};
     use crate::chunk::{Compression, Format};
     use crate::ids::{SequenceId, SessionId};
+    use crate::ontology::{OntologyRecord, Origin};
     use arrow::array::{ArrayRef, BinaryArray, Int64Array};
     use arrow::datatypes::{DataType, Field, Schema};
     use std::cell::RefCell;
@@ -605,8 +616,8 @@ mod tests {
         }
     }
 
-    fn blob_topic() -> TopicRecord {
-        TopicRecord {
+    fn blob_topic(schema: &Schema) -> TopicFacts {
+        let topic = TopicRecord {
             no: TopicNo(1),
             id: TopicId::random(),
             sequence: SequenceId::random(),
@@ -617,6 +628,34 @@ mod tests {
             user_metadata: "{}".to_owned(),
             created_at_ns: 0,
             completed_at_ns: None,
+        };
+        let message = crate::schema::to_ipc(schema);
+        TopicFacts {
+            sequence: SequenceRecord {
+                id: topic.sequence,
+                name: "s".to_owned(),
+                user_metadata: "{}".to_owned(),
+                created_at_ns: 0,
+                v0_session: None,
+            },
+            session: SessionRecord {
+                id: topic.session,
+                locator: "s:x".to_owned(),
+                sequence: topic.sequence,
+                created_at_ns: 0,
+                completed_at_ns: None,
+            },
+            ontology: OntologyRecord {
+                tag: "test".to_owned(),
+                version: 1,
+                origin: Origin::FirstUse,
+                created_at_ns: 0,
+                schema: message.clone(),
+                derived: Vec::new(),
+            },
+            schema: message,
+            note: None,
+            topic,
         }
     }
 
@@ -654,9 +693,10 @@ mod tests {
                 // Never by time: only the count is under test.
                 encode_slice: Duration::from_secs(3600),
             };
-            let topic = blob_topic();
+            let facts = Arc::new(blob_topic(&schema.wire));
+            let topic = facts.topic.clone();
             let encoder = TopicEncoder::new(&schema.stored, topic.format, Compression::None).expect("an encoder");
-            let mut place = SegmentWriter::new(&shared, &topic);
+            let mut place = SegmentWriter::new(&shared, facts);
             let pending = place.write(&disk, &shared, &schema, &encoder, topic.no, &chunk).await.expect("written");
             pending.durable(&disk).await.expect("durable");
         };

@@ -81,6 +81,29 @@ pub fn deletion(ticket: &[u8; 16]) -> Vec<u8> {
     tagged(b'd', ticket)
 }
 
+/// `meta`: the receipt of the last recovery.
+pub const RECEIPT: &[u8] = b"receipt";
+
+/// `meta`: all sequences that are not settled: something of them may be open, unsealed or not linked.
+pub const UNSETTLED: &[u8] = b"u";
+
+/// `meta`: one of them.
+pub fn unsettled(id: SequenceId) -> Vec<u8> {
+    tagged(b'u', id.bytes())
+}
+
+/// `meta`: the damaged chunks of a topic.
+pub fn damaged_of(no: TopicNo) -> Vec<u8> {
+    tagged(b'q', &no.0.to_be_bytes())
+}
+
+/// `meta`: the damaged chunk that starts at a row.
+pub fn damaged(no: TopicNo, first_row: u64) -> Vec<u8> {
+    let mut key = damaged_of(no);
+    key.extend_from_slice(&first_row.to_be_bytes());
+    key
+}
+
 /// `sequences`: the record.
 pub fn sequence(id: SequenceId) -> Vec<u8> {
     tagged(b'i', id.bytes())

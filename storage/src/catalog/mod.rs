@@ -7,6 +7,7 @@
 
 pub mod keys;
 pub mod records;
+pub mod salvage;
 pub mod skip;
 
 use crate::chunk::ChunkRecord;
@@ -15,11 +16,12 @@ use crate::error::{Result, StorageError};
 use crate::ids::{SequenceId, SessionId, TopicId, TopicNo};
 use crate::limits;
 use crate::ontology::{Ontology, OntologyRecord};
+use crate::segment::Trailer;
 use crate::tail::TailRun;
 use keys::Family;
 use records::{
-    BlockMark, DeletionRecord, NotificationRecord, PartialRecord, SegmentRecord, SequenceRecord, SessionRecord,
-    TopicOntology, TopicRecord, TopicTotals, pack, unpack,
+    BlockMark, DamageRecord, DeletionRecord, NotificationRecord, PartialRecord, SegmentRecord, SequenceRecord,
+    SessionRecord, TopicOntology, TopicRecord, TopicTotals, pack, unpack,
 };
 use rocksdb::{
     BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode,
@@ -28,16 +30,41 @@ use rocksdb::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 type Db = DBWithThreadMode<MultiThreaded>;
 
 /// Reads of the catalog; cheap to clone.
 #[derive(Clone)]
 pub struct Catalog {
-    db: Arc<Db>,
+    shared: Arc<Shared>,
 }
+
+struct Shared {
+    /// `None` while it is being opened again after a failed commit.
+    db: RwLock<Option<Arc<Db>>>,
+    path: PathBuf,
+    direct: bool,
+    memtable_bytes: usize,
+    /// What becomes of commits, in simulations.
+    fate: Option<Box<FateOf>>,
+}
+
+/// What becomes of a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It is durable and says so.
+    Done,
+    /// It fails, and nothing of it is there.
+    Lost,
+    /// It fails, and is durable all the same.
+    DoneAllTheSame,
+}
+
+/// Decides over each commit of a simulation.
+pub type FateOf = dyn Fn() -> Fate + Send + Sync;
 
 impl std::fmt::Debug for Catalog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -55,7 +82,7 @@ impl Catalog {
     /// # Errors
     /// [`StorageError::Catalog`] with RocksDB's text.
     pub fn open(path: &Path, direct: bool) -> Result<Self> {
-        Self::open_sized(path, direct, MEMTABLE_BYTES)
+        Self::open_sized(path, direct, MEMTABLE_BYTES, None)
     }
 
     /// The same with small buffers and files: it opens in milliseconds, for simulations that open
@@ -63,11 +90,16 @@ impl Catalog {
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn open_small(path: &Path) -> Result<Self> {
-        Self::open_sized(path, false, 64 << 10)
+    pub fn open_small(path: &Path, fate: Option<Box<FateOf>>) -> Result<Self> {
+        Self::open_sized(path, false, 64 << 10, fate)
     }
 
-    fn open_sized(path: &Path, direct: bool, memtable_bytes: usize) -> Result<Self> {
+    fn open_sized(path: &Path, direct: bool, memtable_bytes: usize, fate: Option<Box<FateOf>>) -> Result<Self> {
+        let db = RwLock::new(Some(Arc::new(Self::open_db(path, direct, memtable_bytes)?)));
+        Ok(Self { shared: Arc::new(Shared { db, path: path.to_owned(), direct, memtable_bytes, fate }) })
+    }
+
+    fn open_db(path: &Path, direct: bool, memtable_bytes: usize) -> Result<Db> {
         let mut options = Options::default();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
@@ -90,19 +122,88 @@ impl Catalog {
         let cache = Cache::new_lru_cache(limits::CATALOG_BLOCK_CACHE_BYTES);
         let families = Family::ALL
             .map(|family| ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache, memtable_bytes)));
-        let db = Db::open_cf_descriptors(&options, path, families).map_err(failed("open"))?;
-        Ok(Self { db: Arc::new(db) })
+        Db::open_cf_descriptors(&options, path, families).map_err(failed("open"))
     }
 
+    /// Keeps the catalog open for a while: it is opened again only when nobody holds it.
+    ///
+    /// # Errors
+    /// While it is being opened again after a failed commit.
+    pub fn pin(&self) -> Result<Pin> {
+        let db = self.shared.db.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let text = || "being opened again after a failed commit; ask again".to_owned();
+        db.map(Pin).ok_or_else(|| StorageError::Catalog { op: "read", text: text() })
+    }
+
+    /// Closes RocksDB and opens it again: after a failed commit only what it then finds is true, and
+    /// that is durable (what its log had is flushed to tables on opening). Waits for readers up to `patience`.
+    ///
+    /// # Errors
+    /// When readers hold on to it, or it cannot be opened; it then stays closed, and this may be tried again.
+    pub fn reopen(&self, patience: Duration) -> Result<()> {
+        let old = self.shared.db.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut old) = old {
+            let since = Instant::now();
+            loop {
+                match Arc::try_unwrap(old) {
+                    Ok(db) => {
+                        drop(db);
+                        break;
+                    }
+                    Err(held) if since.elapsed() < patience => {
+                        old = held;
+                        std::thread::park_timeout(Duration::from_millis(1));
+                    }
+                    Err(held) => {
+                        *self.shared.db.write().unwrap_or_else(PoisonError::into_inner) = Some(held);
+                        let text = format!("readers held it for {patience:?}");
+                        return Err(StorageError::Catalog { op: "reopen", text });
+                    }
+                }
+            }
+        }
+        let db = Self::open_db(&self.shared.path, self.shared.direct, self.shared.memtable_bytes)?;
+        *self.shared.db.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(db));
+        Ok(())
+    }
+
+    /// How many changes RocksDB has counted: it only grows, unless a log ended early.
+    ///
+    /// # Errors
+    /// While it is being opened again.
+    pub fn sequence_number(&self) -> Result<u64> {
+        Ok(self.pin()?.0.latest_sequence_number())
+    }
+
+    /// Starts a group of changes. Only the committer does.
+    ///
+    /// # Errors
+    /// While the catalog is closed.
+    pub fn group(&self) -> Result<Group> {
+        let (catalog, batch) = (self.clone(), WriteBatch::default());
+        Ok(Group { pin: self.pin()?, catalog, batch, overlay: BTreeMap::new(), gone: Vec::new() })
+    }
+}
+
+/// RocksDB, held open.
+pub struct Pin(Arc<Db>);
+
+impl std::fmt::Debug for Pin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Pin")
+    }
+}
+
+impl Pin {
     fn family(&self, family: Family) -> Result<Arc<BoundColumnFamily<'_>>> {
-        self.db
+        self.0
             .cf_handle(family.name())
             .ok_or(StorageError::Catalog { op: "open", text: format!("column family {} is missing", family.name()) })
     }
 
-    /// Starts a group of changes. Only the committer does.
-    pub fn group(&self) -> Group {
-        Group { catalog: self.clone(), batch: WriteBatch::default(), overlay: BTreeMap::new(), gone: Vec::new() }
+    /// The catalog as it is now, whatever is committed meanwhile.
+    pub fn view(&self) -> View<'_> {
+        View { pin: self, snapshot: self.0.snapshot() }
     }
 }
 
@@ -329,6 +430,17 @@ pub trait Look {
         self.records(Family::Notifications, &keys::notifications_of(sequence, topic))
     }
 
+    /// Sequences of which something may be open, unsealed or not linked.
+    fn unsettled(&self) -> Result<Vec<SequenceRecord>> {
+        let ids: Vec<SequenceId> = self.records(Family::Meta, keys::UNSETTLED)?;
+        ids.into_iter().filter_map(|id| self.sequence(id).transpose()).collect()
+    }
+
+    /// The damaged chunks of a topic, in row order.
+    fn damaged(&self, no: TopicNo) -> Result<Vec<DamageRecord>> {
+        self.records(Family::Meta, &keys::damaged_of(no))
+    }
+
     /// Deletions whose files may still be there.
     fn deletions(&self) -> Result<Vec<DeletionRecord>> {
         self.records(Family::Meta, b"d")
@@ -337,12 +449,22 @@ pub trait Look {
 
 impl Look for Catalog {
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        self.db.get_cf(&self.family(family)?, key).map_err(failed("read"))
+        self.pin()?.get(family, key)
+    }
+
+    fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()> {
+        self.pin()?.scan(family, prefix, from, visit)
+    }
+}
+
+impl Look for Pin {
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.0.get_cf(&self.family(family)?, key).map_err(failed("read"))
     }
 
     fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()> {
         let handle = self.family(family)?;
-        for pair in self.db.iterator_cf(&handle, IteratorMode::From(from, rocksdb::Direction::Forward)) {
+        for pair in self.0.iterator_cf(&handle, IteratorMode::From(from, rocksdb::Direction::Forward)) {
             let (key, value) = pair.map_err(failed("scan"))?;
             if !key.starts_with(prefix) || !visit(&key, &value)? {
                 break;
@@ -354,7 +476,7 @@ impl Look for Catalog {
 
 /// A consistent view: chunks and tail of a topic must be read under one.
 pub struct View<'a> {
-    catalog: &'a Catalog,
+    pin: &'a Pin,
     snapshot: rocksdb::SnapshotWithThreadMode<'a, Db>,
 }
 
@@ -364,20 +486,13 @@ impl std::fmt::Debug for View<'_> {
     }
 }
 
-impl Catalog {
-    /// The catalog as it is now, whatever is committed meanwhile.
-    pub fn view(&self) -> View<'_> {
-        View { catalog: self, snapshot: self.db.snapshot() }
-    }
-}
-
 impl Look for View<'_> {
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        self.snapshot.get_cf(&self.catalog.family(family)?, key).map_err(failed("read"))
+        self.snapshot.get_cf(&self.pin.family(family)?, key).map_err(failed("read"))
     }
 
     fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()> {
-        let handle = self.catalog.family(family)?;
+        let handle = self.pin.family(family)?;
         for pair in self.snapshot.iterator_cf(&handle, IteratorMode::From(from, rocksdb::Direction::Forward)) {
             let (key, value) = pair.map_err(failed("scan"))?;
             if !key.starts_with(prefix) || !visit(&key, &value)? {
@@ -391,6 +506,7 @@ impl Look for View<'_> {
 /// Changes that become durable together.
 pub struct Group {
     catalog: Catalog,
+    pin: Pin,
     batch: WriteBatch,
     overlay: BTreeMap<(Family, Vec<u8>), Option<Vec<u8>>>,
     /// Prefixes deleted as ranges in this group.
@@ -450,28 +566,34 @@ impl Group {
         }
         let mut options = WriteOptions::default();
         options.set_sync(true);
-        self.catalog.db.write_opt(self.batch, &options).map_err(failed("commit"))
+        let fate = self.catalog.shared.fate.as_ref().map_or(Fate::Done, |fate| fate());
+        let refused = || StorageError::Catalog { op: "commit", text: "simulated commit error".to_owned() };
+        if fate == Fate::Lost {
+            return Err(refused());
+        }
+        self.pin.0.write_opt(self.batch, &options).map_err(failed("commit"))?;
+        if fate == Fate::Done { Ok(()) } else { Err(refused()) }
     }
 
     fn absorb(&mut self, op: Op) -> Result<()> {
         match op {
             Op::Put(family, key, value) => {
-                self.batch.put_cf(&self.catalog.family(family)?, &key, &value);
+                self.batch.put_cf(&self.pin.family(family)?, &key, &value);
                 self.overlay.insert((family, key), Some(value));
             }
             Op::Delete(family, key) => {
-                self.batch.delete_cf(&self.catalog.family(family)?, &key);
+                self.batch.delete_cf(&self.pin.family(family)?, &key);
                 self.overlay.insert((family, key), None);
             }
             Op::DeletePrefix(family, prefix) => {
                 if let Some(end) = keys::after_prefix(&prefix) {
-                    self.batch.delete_range_cf(&self.catalog.family(family)?, prefix.as_slice(), end.as_slice());
+                    self.batch.delete_range_cf(&self.pin.family(family)?, prefix.as_slice(), end.as_slice());
                 }
                 self.overlay.retain(|(of, key), _| *of != family || !key.starts_with(&prefix));
                 self.gone.push((family, prefix));
             }
             Op::DeleteRange(family, from, to) => {
-                self.batch.delete_range_cf(&self.catalog.family(family)?, from.as_slice(), to.as_slice());
+                self.batch.delete_range_cf(&self.pin.family(family)?, from.as_slice(), to.as_slice());
             }
         }
         Ok(())
@@ -487,13 +609,13 @@ impl Look for Group {
         match self.overlay.get(&(family, key.to_vec())) {
             Some(pending) => Ok(pending.clone()),
             None if self.is_gone(family, key) => Ok(None),
-            None => self.catalog.get(family, key),
+            None => self.pin.get(family, key),
         }
     }
 
     fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()> {
         let mut pairs = BTreeMap::new();
-        self.catalog.scan(family, prefix, from, &mut |key, value| {
+        self.pin.scan(family, prefix, from, &mut |key, value| {
             if !self.is_gone(family, key) {
                 pairs.insert(key.to_vec(), value.to_vec());
             }
@@ -570,14 +692,21 @@ impl Txn<'_> {
     /// Writes a sequence and its name.
     pub fn put_sequence(&mut self, record: &SequenceRecord) -> Result<()> {
         self.put(Family::Sequences, keys::sequence(record.id), record)?;
-        self.put(Family::Sequences, keys::sequence_name(&record.name), &record.id)
+        self.put(Family::Sequences, keys::sequence_name(&record.name), &record.id)?;
+        self.unsettle(record.id)
+    }
+
+    /// Notes that the next start must look at a sequence.
+    pub fn unsettle(&mut self, sequence: SequenceId) -> Result<()> {
+        self.put(Family::Meta, keys::unsettled(sequence), &sequence)
     }
 
     /// Writes a session and the ways to it.
     pub fn put_session(&mut self, record: &SessionRecord) -> Result<()> {
         self.put(Family::Sessions, keys::session(record.id), record)?;
         self.put(Family::Sessions, keys::session_locator(&record.locator), &record.id)?;
-        self.put(Family::Sessions, keys::sequence_session(record.sequence, record.id), &record.id)
+        self.put(Family::Sessions, keys::sequence_session(record.sequence, record.id), &record.id)?;
+        self.unsettle(record.sequence)
     }
 
     /// Writes a topic and the ways to it.
@@ -599,6 +728,42 @@ impl Txn<'_> {
             self.delete_range(Family::Tail, from, to);
         }
         Ok(())
+    }
+
+    /// Takes over chunks of a topic that were found in its files behind the last one of the catalog.
+    pub fn adopt_chunks(&mut self, no: TopicNo, chunks: &[Trailer]) -> Result<()> {
+        let mut totals = self.totals(no)?;
+        let tail = self.tail(no, totals.chunk_batches)?;
+        let mut segments: BTreeMap<u32, SegmentRecord> =
+            self.segments(no)?.into_iter().map(|segment| (segment.no, segment)).collect();
+        totals.data_bytes -= tail.iter().map(|run| run.data_bytes).sum::<u64>().min(totals.data_bytes);
+        for trailer in chunks {
+            let record = &trailer.record;
+            self.put_chunk(no, record, &SkipRecord { fields: trailer.fields.clone() })?;
+            totals.chunks += 1;
+            totals.chunk_batches = record.end_batch;
+            totals.chunk_rows = record.end_row;
+            totals.rows = totals.rows.max(record.end_row);
+            totals.batches = totals.batches.max(record.end_batch);
+            totals.data_bytes += record.data_bytes;
+            totals.stored_bytes += record.length;
+            totals.widen(record.time);
+            let end_offset = record.offset + record.padded_length;
+            let segment = segments.entry(record.segment).or_insert(SegmentRecord {
+                no: record.segment,
+                id: record.segment_id,
+                epoch: record.epoch,
+                end_offset,
+                sealed_length: None,
+            });
+            segment.end_offset = segment.end_offset.max(end_offset);
+        }
+        let left = tail.iter().filter(|run| totals.chunk_batches <= run.first_batch);
+        totals.data_bytes += left.map(|run| run.data_bytes).sum::<u64>();
+        for segment in segments.values() {
+            self.put(Family::Segments, keys::segment(no, segment.no), segment)?;
+        }
+        self.put(Family::Topics, keys::topic_totals(no), &totals)
     }
 
     /// Removes the keys from the first up to, not including, the second.
@@ -627,6 +792,7 @@ impl Txn<'_> {
             self.ops.push(Op::DeletePrefix(family, keys::of_topic(record.no)));
         }
         self.ops.push(Op::DeletePrefix(Family::Skip, keys::skip_open_of(record.no)));
+        self.ops.push(Op::DeletePrefix(Family::Meta, keys::damaged_of(record.no)));
         let notifications = keys::notifications_of(record.sequence, record.no);
         self.ops.push(Op::DeletePrefix(Family::Notifications, notifications));
         Ok(())
@@ -646,6 +812,7 @@ impl Txn<'_> {
 
     /// Removes a sequence; its sessions and topics are removed one by one.
     pub fn delete_sequence(&mut self, record: &SequenceRecord) {
+        self.delete(Family::Meta, keys::unsettled(record.id));
         self.delete(Family::Sequences, keys::sequence(record.id));
         self.delete(Family::Sequences, keys::sequence_name(&record.name));
         self.ops.push(Op::DeletePrefix(Family::Notifications, keys::sequence_notifications(record.id)));

@@ -128,6 +128,21 @@ pub struct PartialRecord {
     pub accepted_at_ns: i64,
 }
 
+/// A chunk whose bytes are not those that were written: it is left out, and said to be missing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamageRecord {
+    /// First row, inclusive.
+    pub first_row: u64,
+    /// Last row, exclusive.
+    pub end_row: u64,
+    /// Smallest and largest time, if known.
+    pub time: Option<(i64, i64)>,
+    /// What is wrong, with file and offset.
+    pub what: String,
+    /// When it was found, in nanoseconds since 1970.
+    pub found_at_ns: i64,
+}
+
 /// A block of the skip index: consecutive chunks of a topic, by their position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockMark {

@@ -387,7 +387,7 @@ impl View<'_> {
     /// # Errors
     /// When the catalog cannot be read.
     pub fn skip_cursor(&self, tag: &str, path: &str) -> Result<SkipCursor<'_>> {
-        let handle = self.catalog.family(Family::Skip)?;
+        let handle = self.pin.family(Family::Skip)?;
         let mut options = rocksdb::ReadOptions::default();
         options.set_readahead_size(256 << 10);
         options.set_verify_checksums(true);
@@ -500,7 +500,7 @@ mod tests {
     fn inv_6_a_cursor_shows_the_blocks_of_a_topic_as_often_as_it_is_asked() {
         let folder = tempfile::tempdir().expect("a folder");
         let catalog = Catalog::open(folder.path(), false).expect("a catalog");
-        let mut group = catalog.group();
+        let mut group = catalog.group().expect("a group");
         let put = |txn: &mut Txn<'_>| -> Result<()> {
             for (topic, low) in [(1, 10), (1_000, 20), (1_001, 30)] {
                 let block = SkipBlock::pack(&[&stats(Bounds::Int(low, low))])?;
@@ -511,7 +511,8 @@ mod tests {
         };
         group.change(put).expect("changed");
         group.commit().expect("committed");
-        let view = catalog.view();
+        let pin = catalog.pin().expect("open");
+        let view = pin.view();
         let mut cursor = view.skip_cursor("t", "x").expect("a cursor");
         for (topic, expected) in [(1, vec![10]), (1, vec![10]), (7, vec![]), (1_001, vec![30]), (1_000, vec![20])] {
             let mut seen = Vec::new();

@@ -1,0 +1,283 @@
+//! The data folder: its lock, its format, its catalog, which is made again from the files when it must be.
+//!
+//! Guarantees: one process at a time; a newer format is refused, an older one migrated in one synced step; a
+//! catalog that cannot be opened never stops the start (INV-9): it is set aside, not removed, and a crash at
+//! any point of making it again begins that work anew. `rebuild-catalog`, which says why, is written first
+//! and removed last.
+
+use crate::daemon::{DiskBody, on_disk};
+use crate::when::now_ns;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+use storage::catalog::{Catalog, salvage};
+use storage::disk::{Disk, DiskState};
+use storage::limits::RING_BUFFERS_PER_SERVICE;
+use storage::rebuild::{self, Rebuilt};
+use storage::{StorageError, files};
+
+type AnyError = Box<dyn std::error::Error>;
+
+/// On-disk format written by this version; a newer one is refused.
+pub(crate) const FORMAT_VERSION: u32 = 3;
+/// The kernel keeps a dead process's ring files, and so its lock, for a moment.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+const CATALOG: &str = "catalog";
+const FRESH_CATALOG: &str = "catalog.new";
+const REBUILD_MARKER: &str = "rebuild-catalog";
+const SYNCED_MARK: &str = "catalog.synced";
+
+/// Makes the folder, takes its lock, checks its format and returns it.
+pub(crate) fn prepare(dir: &Path) -> Result<(File, u32), AnyError> {
+    for folder in [dir.to_owned(), dir.join("sequences"), dir.join("browse")] {
+        std::fs::create_dir_all(&folder).map_err(|error| StorageError::io("make folder", &folder, error))?;
+    }
+    let path = dir.join("LOCK");
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|error| StorageError::io("open", &path, error))?;
+    let since = Instant::now();
+    while let Err(error) = rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        if since.elapsed() > LOCK_PATIENCE {
+            let text =
+                format!("{} is in use by another flightbox ({error}); stop it or choose another --data", dir.display());
+            return Err(StorageError::Directory(text).into());
+        }
+        std::thread::park_timeout(Duration::from_millis(50));
+    }
+    let format = check_format(dir)?;
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| StorageError::io("sync folder", dir, error))?;
+    Ok((lock, format))
+}
+
+fn check_format(dir: &Path) -> Result<u32, AnyError> {
+    let path = dir.join("format-version");
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            write_format(dir)?;
+            return Ok(FORMAT_VERSION);
+        }
+        Err(error) => return Err(StorageError::io("read", &path, error).into()),
+    };
+    // Written three times, so that one damaged byte is outvoted.
+    let text = String::from_utf8_lossy(&bytes);
+    let said: Vec<u32> = text.lines().filter_map(|line| line.trim().parse().ok()).collect();
+    let votes = |version: u32| said.iter().filter(|said| **said == version).count();
+    let version = said.iter().copied().max_by_key(|version| votes(*version));
+    match version {
+        Some(version) if said.len() == 1 || votes(version) > 1 => {
+            if version > FORMAT_VERSION {
+                return Err(StorageError::Directory(format!(
+                    "{} has format {version}, this flightbox writes {FORMAT_VERSION}; use a newer flightbox",
+                    dir.display()
+                ))
+                .into());
+            }
+            Ok(version)
+        }
+        _ => {
+            tracing::error!(path = %path.display(), found = %text, "the format version is damaged; taken as {FORMAT_VERSION}");
+            write_format(dir)?;
+            Ok(FORMAT_VERSION)
+        }
+    }
+}
+
+pub(crate) fn write_format(dir: &Path) -> Result<(), AnyError> {
+    let (path, fresh) = (dir.join("format-version"), dir.join("format-version.new"));
+    let made = std::fs::write(&fresh, format!("{FORMAT_VERSION}\n{FORMAT_VERSION}\n{FORMAT_VERSION}\n"))
+        .and_then(|()| File::open(&fresh)?.sync_all())
+        .and_then(|()| std::fs::rename(&fresh, &path))
+        .and_then(|()| File::open(dir)?.sync_all());
+    Ok(made.map_err(|error| StorageError::io("write", &path, error))?)
+}
+
+/// A catalog, and what had to be done to have it.
+pub(crate) struct Opened {
+    pub(crate) catalog: Catalog,
+    /// Why it was made again, or what it lost.
+    pub(crate) was: Option<String>,
+    pub(crate) rebuilt: Option<Rebuilt>,
+}
+
+/// Opens the catalog; one that is damaged or missing is made again from the files.
+pub(crate) fn open_catalog(data_dir: &Path, disk: &DiskState) -> Result<Opened, AnyError> {
+    let path = data_dir.join(CATALOG);
+    let marker = data_dir.join(REBUILD_MARKER);
+    let asked = files::read_small(&marker).map_err(|error| StorageError::io("read", &marker, error))?;
+    let cause = match asked {
+        Some(text) => String::from_utf8_lossy(&text).into_owned(),
+        None if !path.is_dir() && has_recordings(data_dir)? => "it is missing".to_owned(),
+        None => match Catalog::open(&path, disk.direct) {
+            Ok(catalog) => {
+                let was = log_ended_early(data_dir, &catalog)?;
+                return Ok(Opened { catalog, was, rebuilt: None });
+            }
+            Err(error) => error.to_string(),
+        },
+    };
+    rebuild_catalog(data_dir, disk, cause, &mut |_| {})
+}
+
+/// Asks the next start to make the catalog again.
+pub(crate) fn ask_for_rebuild(data_dir: &Path, cause: &str) -> Result<(), StorageError> {
+    let marker = data_dir.join(REBUILD_MARKER);
+    files::replace(&marker, cause.as_bytes()).map_err(|error| StorageError::io("write", &marker, error))
+}
+
+/// Sets the catalog aside and makes another from the files, with what can still be read of the old one.
+pub(crate) fn rebuild_catalog(
+    data_dir: &Path,
+    disk: &DiskState,
+    cause: String,
+    progress: &mut dyn FnMut(&Rebuilt),
+) -> Result<Opened, AnyError> {
+    tracing::error!(%cause, "the catalog cannot be used: it is made again from the files");
+    ask_for_rebuild(data_dir, &cause)?;
+    let (path, fresh) = (data_dir.join(CATALOG), data_dir.join(FRESH_CATALOG));
+    if path.is_dir() {
+        let aside = data_dir.join(format!("catalog.damaged-{}", now_ns()));
+        files::rename(&path, &aside).map_err(|error| StorageError::io("set aside", &path, error))?;
+    }
+    match std::fs::remove_dir_all(&fresh) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(StorageError::io("remove", &fresh, error).into());
+        }
+        _ => {}
+    }
+    let catalog = Catalog::open(&fresh, disk.direct)?;
+    let mut rebuilt = from_files(data_dir, disk, &catalog, progress)?;
+    // The newest one that was set aside: after a crash in the middle of this there may be no other.
+    if let Some(aside) = set_aside(data_dir)?.pop() {
+        match salvage::salvage(&aside, &data_dir.join("catalog.salvage"), &catalog, now_ns()) {
+            Ok(found) => rebuilt.missing.extend(found),
+            Err(error) => rebuilt.missing.push(format!("tails and what else only the old catalog had: {error}")),
+        }
+    } else {
+        rebuilt.missing.push("the tails of open topics: rows that were in no chunk yet".to_owned());
+    }
+    drop(catalog);
+    files::rename(&fresh, &path).map_err(|error| StorageError::io("rename", &fresh, error))?;
+    let catalog = Catalog::open(&path, disk.direct)?;
+    mark_synced(data_dir, &catalog)?;
+    let marker = data_dir.join(REBUILD_MARKER);
+    files::remove_file(&marker).map_err(|error| StorageError::io("remove", &marker, error))?;
+    Ok(Opened { catalog, was: Some(cause), rebuilt: Some(rebuilt) })
+}
+
+/// Reads the files on a thread with a ring of its own.
+fn from_files(
+    data_dir: &Path,
+    disk: &DiskState,
+    into: &Catalog,
+    progress: &mut dyn FnMut(&Rebuilt),
+) -> Result<Rebuilt, AnyError> {
+    let (told, hear) = mpsc::channel();
+    let body = RebuildBody { data_dir: data_dir.to_owned(), into: into.clone(), told };
+    let thread = on_disk("fb-rebuild", disk, RING_BUFFERS_PER_SERVICE, body)?;
+    let mut result = Err(StorageError::Directory("the thread that reads the files has died".to_owned()));
+    for news in hear {
+        match news {
+            News::So(done) => progress(&done),
+            News::End(end) => result = end,
+        }
+    }
+    if thread.join().is_err() {
+        tracing::error!("the thread that reads the files panicked");
+    }
+    Ok(result?)
+}
+
+enum News {
+    So(Rebuilt),
+    End(Result<Rebuilt, StorageError>),
+}
+
+struct RebuildBody {
+    data_dir: PathBuf,
+    into: Catalog,
+    told: mpsc::Sender<News>,
+}
+
+impl DiskBody for RebuildBody {
+    async fn run<D: Disk>(self, disk: D) {
+        let Self { data_dir, into, told } = self;
+        let mut progress = |done: &Rebuilt| {
+            told.send(News::So(done.clone())).ok(); // Whoever watches may have gone.
+        };
+        let result = rebuild::rebuild(&disk, &data_dir, &into, now_ns(), &mut progress).await;
+        told.send(News::End(result)).ok(); // As above.
+    }
+}
+
+fn has_recordings(data_dir: &Path) -> Result<bool, StorageError> {
+    let dir = data_dir.join("sequences");
+    Ok(!files::list(&dir).map_err(|error| StorageError::io("list", &dir, error))?.is_empty())
+}
+
+/// Catalogs that were set aside, oldest first.
+fn set_aside(data_dir: &Path) -> Result<Vec<PathBuf>, StorageError> {
+    let all = files::list(data_dir).map_err(|error| StorageError::io("list", data_dir, error))?;
+    let is_aside = |path: &Path| {
+        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("catalog.damaged-"))
+    };
+    Ok(all.into_iter().filter(|entry| entry.is_dir).map(|entry| entry.path).filter(|path| is_aside(path)).collect())
+}
+
+/// Notes how far the catalog's log reached, so that one that ends before is noticed.
+pub(crate) fn mark_synced(data_dir: &Path, catalog: &Catalog) -> Result<(), StorageError> {
+    let path = data_dir.join(SYNCED_MARK);
+    let text = format!("{}\n", catalog.sequence_number()?);
+    files::replace(&path, text.as_bytes()).map_err(|error| StorageError::io("write", &path, error))
+}
+
+/// RocksDB takes a log up to its first damaged record, as if the power had been cut there.
+fn log_ended_early(data_dir: &Path, catalog: &Catalog) -> Result<Option<String>, StorageError> {
+    let path = data_dir.join(SYNCED_MARK);
+    let mark = files::read_small(&path).map_err(|error| StorageError::io("read", &path, error))?;
+    let reached: Option<u64> = mark.and_then(|bytes| String::from_utf8(bytes).ok()?.trim().parse().ok());
+    let found = catalog.sequence_number()?;
+    Ok(reached.filter(|reached| found < *reached).map(|reached| {
+        format!(
+            "its log ended early, {} changes are missing: chunks come back from the files, rows that were only in the tail do not",
+            reached - found
+        )
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inv_9_one_flipped_byte_in_the_format_version_stops_no_start() {
+        let folder = tempfile::tempdir().expect("a folder");
+        write_format(folder.path()).expect("written");
+        let path = folder.path().join("format-version");
+        let whole = std::fs::read(&path).expect("readable");
+        for at in 0..whole.len() {
+            for bit in 0..8 {
+                let mut damaged = whole.clone();
+                damaged[at] ^= 1 << bit;
+                std::fs::write(&path, &damaged).expect("written");
+                assert_eq!(check_format(folder.path()).expect("checked"), FORMAT_VERSION, "byte {at}, bit {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_refused_and_an_older_one_is_told() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (text, expected) in [("2\n", Some(2)), ("9\n9\n9\n", None), ("1\n1\n1\n", Some(1))] {
+            std::fs::write(folder.path().join("format-version"), text).expect("written");
+            assert_eq!(check_format(folder.path()).ok(), expected, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Whether the appliance is well: what threads tell, and what `info`, new uploads and the daemon ask.
+//!
+//! Guarantees: a catalog that refuses commits and a disk that is full are visible here for as long as they
+//! last, with the cause. Decides nothing but [`space`], which is pure.
+
+use std::sync::{Mutex, PoisonError};
+use storage::StorageError;
+use tokio::sync::watch;
+
+/// How much room there is for new recordings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Space {
+    /// Enough.
+    Enough,
+    /// Less than the low-water mark: a warning.
+    Low,
+    /// New uploads are refused, and those that run end with what is durable.
+    Full,
+}
+
+impl Space {
+    /// The name in `info`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Enough => "enough",
+            Self::Low => "low",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// What follows from the bytes that are free beside the reserve. Pure: the state before is needed so that
+/// space which comes back in drops does not open and close the door with each of them.
+pub(crate) fn space(before: Space, free: u64, reserve: u64) -> Space {
+    let (stop, low) = (reserve / 2, reserve * 2);
+    match before {
+        Space::Full if free < stop + reserve => Space::Full,
+        _ if free < stop => Space::Full,
+        _ if free < low => Space::Low,
+        _ => Space::Enough,
+    }
+}
+
+/// What is known now.
+#[derive(Debug)]
+pub(crate) struct Health {
+    catalog: Mutex<Option<String>>,
+    /// Room on the disk; uploads watch it.
+    pub(crate) space: watch::Sender<Space>,
+    /// Bytes free when it was looked at last.
+    free: Mutex<Option<u64>>,
+    /// Set when the catalog must be made again: the daemon stops for it.
+    pub(crate) corrupt: watch::Sender<Option<String>>,
+    /// A write met a full disk; wakes the watcher.
+    pub(crate) full: tokio::sync::Notify,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            catalog: Mutex::new(None),
+            space: watch::Sender::new(Space::Enough),
+            free: Mutex::new(None),
+            corrupt: watch::Sender::new(None),
+            full: tokio::sync::Notify::new(),
+        }
+    }
+}
+
+impl Health {
+    fn catalog(&self) -> std::sync::MutexGuard<'_, Option<String>> {
+        self.catalog.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A commit failed, or the catalog does not open.
+    pub(crate) fn catalog_failed(&self, cause: &StorageError) {
+        *self.catalog() = Some(cause.to_string());
+        if cause.is_full_disk() {
+            self.full.notify_one();
+        }
+    }
+
+    /// Commits go well again.
+    pub(crate) fn catalog_works(&self) {
+        *self.catalog() = None;
+    }
+
+    /// Opening it again does not help: it must be made again from the files.
+    pub(crate) fn catalog_is_corrupt(&self, cause: &StorageError) {
+        self.corrupt.send_replace(Some(cause.to_string()));
+    }
+
+    /// Why commits fail, if they do.
+    pub(crate) fn catalog_failure(&self) -> Option<String> {
+        self.catalog().clone()
+    }
+
+    /// What the watcher saw.
+    pub(crate) fn saw_free(&self, bytes: u64) {
+        *self.free.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes);
+    }
+
+    /// Bytes free when the disk was looked at last.
+    pub(crate) fn free(&self) -> Option<u64> {
+        *self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[track_caller]
+    fn check(before: Space, free_mib: u64, expected: Space) {
+        assert_eq!(space(before, free_mib * MIB, 100 * MIB), expected, "{free_mib} MiB free");
+    }
+
+    #[test]
+    fn a_disk_is_low_below_twice_the_reserve_and_full_below_half_of_it() {
+        check(Space::Enough, 200, Space::Enough);
+        check(Space::Enough, 199, Space::Low);
+        check(Space::Low, 50, Space::Low);
+        check(Space::Low, 49, Space::Full);
+        check(Space::Enough, 10, Space::Full);
+    }
+
+    #[test]
+    fn a_full_disk_stays_full_until_the_reserve_fits_again() {
+        check(Space::Full, 149, Space::Full);
+        check(Space::Full, 150, Space::Low);
+        check(Space::Full, 1000, Space::Enough);
+    }
+}

@@ -1,0 +1,148 @@
+//! What the catalog knows of a finalized recording, beside its files: from it and the chunks' trailers
+//! a lost catalog is made again.
+//!
+//! Written when a session is finalized, before that call is answered, and again when something of the
+//! recording is deleted; replaced whole, so after a crash there is the old or the new. Holds locked topics
+//! only: what is still open is told by the heads of its segments.
+
+use crate::catalog::Look;
+use crate::catalog::records::{
+    NotificationRecord, PartialRecord, SegmentRecord, SequenceRecord, SessionRecord, TopicRecord, TopicTotals,
+};
+use crate::disk::Disk;
+use crate::error::{Result, StorageError};
+use crate::ids::{SequenceId, TopicNo};
+use crate::segment::{self, TopicFacts};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+const MAGIC: &[u8; 8] = b"FBXMNFT1";
+
+/// A finalized recording.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The recording.
+    pub sequence: SequenceRecord,
+    /// Its uploads, also those that are still open.
+    pub sessions: Vec<SessionRecord>,
+    /// What clients left on it.
+    pub notifications: Vec<NotificationRecord>,
+    /// Its locked topics.
+    pub topics: Vec<LockedTopic>,
+}
+
+/// A locked topic.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LockedTopic {
+    /// The topic, with the time of the lock.
+    pub record: TopicRecord,
+    /// What its segments' heads say as well; `None` where it never had a DoPut, and so has no file.
+    pub facts: Option<TopicFacts>,
+    /// What is in it.
+    pub totals: TopicTotals,
+    /// Set when it was locked without a clean end.
+    pub partial: Option<PartialRecord>,
+    /// What clients left on it.
+    pub notifications: Vec<NotificationRecord>,
+    /// Its files.
+    pub segments: Vec<SegmentRecord>,
+}
+
+impl Manifest {
+    /// Gathers what the catalog knows of a sequence.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read.
+    pub fn gather(look: &impl Look, sequence: &SequenceRecord) -> Result<Self> {
+        let mut topics = Vec::new();
+        for topic in look.topics_of(sequence.id)? {
+            if topic.completed_at_ns.is_none() {
+                continue;
+            }
+            topics.push(LockedTopic {
+                facts: TopicFacts::load(look, &topic)?,
+                totals: look.totals(topic.no)?,
+                partial: look.topic_partial(topic.no)?,
+                notifications: look.notifications(sequence.id, topic.no)?,
+                segments: look.segments(topic.no)?,
+                record: topic,
+            });
+        }
+        Ok(Self {
+            sequence: sequence.clone(),
+            sessions: look.sessions_of(sequence.id)?,
+            notifications: look.notifications(sequence.id, TopicNo(0))?,
+            topics,
+        })
+    }
+
+    /// As bytes with a checksum.
+    ///
+    /// # Errors
+    /// When it cannot be packed, which would be a bug.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let body = postcard::to_stdvec(self)
+            .map_err(|error| StorageError::Format { op: "manifest", text: error.to_string() })?;
+        let mut out = Vec::with_capacity(12 + body.len());
+        out.extend_from_slice(MAGIC);
+        out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+        out.extend_from_slice(&body);
+        Ok(out)
+    }
+
+    /// Reads one, if the bytes are whole.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let rest = bytes.strip_prefix(MAGIC)?;
+        let (crc, body) = rest.split_first_chunk::<4>()?;
+        (crc32c::crc32c(body) == u32::from_le_bytes(*crc)).then(|| postcard::from_bytes(body).ok()).flatten()
+    }
+}
+
+/// Where a sequence's manifest lies.
+pub fn path(data_dir: &Path, sequence: SequenceId) -> PathBuf {
+    segment::sequence_dir(data_dir, sequence).join("manifest")
+}
+
+/// Writes the manifest of a sequence, unless it is there as it should be.
+///
+/// # Errors
+/// When it cannot be written or the catalog cannot be read.
+pub async fn write<D: Disk>(disk: &D, look: &impl Look, data_dir: &Path, sequence: &SequenceRecord) -> Result<()> {
+    let path = path(data_dir, sequence.id);
+    let bytes = Manifest::gather(look, sequence)?.encode()?;
+    let before = disk.read_small(&path).await.map_err(|error| StorageError::io("read", &path, error))?;
+    if before.as_ref() == Some(&bytes) {
+        return Ok(());
+    }
+    let dir = segment::sequence_dir(data_dir, sequence.id);
+    crate::disk::make_dirs(disk, data_dir, &dir).await.map_err(|error| StorageError::io("make folder", &dir, error))?;
+    disk.replace(&path, &bytes).await.map_err(|error| StorageError::io("write", &path, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inv_9_a_manifest_with_any_flipped_bit_is_no_manifest() {
+        let manifest = Manifest {
+            sequence: SequenceRecord {
+                id: SequenceId::random(),
+                name: "s".to_owned(),
+                user_metadata: "{}".to_owned(),
+                created_at_ns: 1,
+                v0_session: None,
+            },
+            sessions: Vec::new(),
+            notifications: Vec::new(),
+            topics: Vec::new(),
+        };
+        let bytes = manifest.encode().expect("encodes");
+        assert_eq!(Manifest::decode(&bytes), Some(manifest));
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1;
+            assert_eq!(Manifest::decode(&damaged), None, "byte {at}");
+        }
+    }
+}
