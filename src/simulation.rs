@@ -1,7 +1,8 @@
 //! The ingest line, recovery and resume on a disk that lies: crash, recover, check, go on.
 //!
 //! Writer, steward, reader and committer run unchanged, on one thread and simulated time, over
-//! `storage::sim` and a real RocksDB, whose synced commits survive. Each seed is one recorder that
+//! `storage::sim` and a real RocksDB: its synced commits survive, some fail with an unknown outcome, and
+//! now and then all of it is lost and made again from the files. Each seed is one recorder that
 //! crashes several times; after each crash every promise is checked against a ledger of what its
 //! clients sent and were told. A failure prints the seed; `./x sim --seed S` repeats it.
 
@@ -25,14 +26,18 @@ use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use storage::catalog::{Catalog, Look};
+use storage::catalog::records::TopicRecord;
+use storage::catalog::skip::indexed;
+use storage::catalog::{Catalog, Fate, Look, Simulated};
 use storage::chunk::hash::batch_hash;
 use storage::chunk::{BatchMark, Compression, Format, data_bytes};
 use storage::disk::IoCounters;
 use storage::ids::{SequenceId, TopicId};
 use storage::read::{self, Loader, RowStream, TopicView, Window};
+use storage::rebuild::rebuild;
 use storage::recover::Receipt;
 use storage::schema::TopicSchema;
 use storage::sim::{Faults, Random, SimDisk};
@@ -58,6 +63,8 @@ struct TopicLedger {
     locked: bool,
     /// A clean end was asked for.
     ending: bool,
+    /// Only the catalog knew of it, and that was lost.
+    lost: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +81,8 @@ struct SequenceLedger {
     topics: Vec<TopicLedger>,
     gone: Gone,
     finalized: bool,
+    /// Only the catalog knew of it, and that was lost.
+    lost: bool,
 }
 
 type Ledger = Rc<RefCell<Vec<SequenceLedger>>>;
@@ -85,6 +94,7 @@ struct Life {
     steward: StewardHandle,
     budget: Budget,
     config: Rc<Config>,
+    failing_commits: Arc<AtomicU64>,
 }
 
 fn schema() -> SchemaRef {
@@ -111,18 +121,50 @@ fn rows(topic: &TopicLedger, batch: u64) -> RecordBatch {
     RecordBatch::try_new(schema(), columns).expect("a batch")
 }
 
-/// Starts everything on this thread.
-fn begin(disk: &SimDisk, store: &Path) -> Life {
-    begin_with(disk, store, 200)
+/// How the parts around the disk behave.
+#[derive(Debug, Clone, Copy)]
+struct Manner {
+    /// How far the steward may lag behind the uploads whose files it seals.
+    lag: u64,
+    /// Decides over commits that fail.
+    seed: u64,
+    /// See [`Simulated::replays_tail`].
+    replays_tail: bool,
 }
 
-/// `lag`: how far the steward may lag behind the uploads whose files it seals.
-fn begin_with(disk: &SimDisk, store: &Path, lag: u64) -> Life {
+const CALM: Manner = Manner { lag: 200, seed: 0, replays_tail: false };
+
+/// What is wrong beyond the rules, for the checks to notice.
+#[derive(Debug, Clone, Copy, Default)]
+struct Planted {
+    disk: Faults,
+    replays_tail: bool,
+}
+
+/// `failing`: commits that fail, of 1,000; half of them are durable all the same.
+fn open_catalog(store: &Path, manner: Manner, failing: &Arc<AtomicU64>) -> Catalog {
+    let failing = Arc::clone(failing);
+    let random = Mutex::new(Random::new(manner.seed));
+    let fate = move || {
+        let mut random = random.lock().expect("not poisoned");
+        match random.below(1000) {
+            of_1000 if of_1000 >= failing.load(Ordering::Relaxed) => Fate::Done,
+            of_1000 if of_1000 % 2 == 0 => Fate::Lost,
+            _ => Fate::DoneAllTheSame,
+        }
+    };
+    let simulated = Simulated { fate: Some(Box::new(fate)), replays_tail: manner.replays_tail };
+    Catalog::open_small(&store.join("catalog"), simulated).expect("the catalog opens")
+}
+
+/// Starts everything on this thread.
+fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
     let mut raw = Raw::defaults();
     raw.set("data_dir", store.join("data").display().to_string(), "test").expect("a key");
     let host = HostFacts { memory_bytes: 1 << 30, cores: 1, free_bytes: 1 << 30, disk_bytes: 1 << 30 };
     let config = Config::check(&raw, &host).expect("defaults");
-    let catalog = Catalog::open_small(&store.join("catalog"), None).expect("the catalog opens");
+    let failing_commits = Arc::default();
+    let catalog = open_catalog(store, manner, &failing_commits);
     let (stats, counters) = (Arc::new(Stats::default()), IoCounters::shared());
     let (committer, commits) = committer::pair();
     let health = Arc::new(Health::default());
@@ -135,7 +177,7 @@ fn begin_with(disk: &SimDisk, store: &Path, lag: u64) -> Life {
         counters: Arc::clone(&counters),
         health: Arc::clone(&health),
     };
-    tokio::task::spawn_local(steward::serve(disk.slowed(lag), jobs, context));
+    tokio::task::spawn_local(steward::serve(disk.slowed(manner.lag), jobs, context));
     let (reads, jobs) = mpsc::channel(limits::SERVICE_LANE_DEPTH);
     tokio::task::spawn_local(read::serve(disk.clone(), jobs, Arc::clone(&counters)));
     let budget = Budget::new(8 << 20);
@@ -169,7 +211,7 @@ fn begin_with(disk: &SimDisk, store: &Path, lag: u64) -> Life {
         registry: Registry::empty(OntologyMode::Open),
         data_dir: config.data_dir.clone(),
     };
-    Life { lifecycle, steward, budget, config: Rc::new(config) }
+    Life { lifecycle, steward, budget, config: Rc::new(config), failing_commits }
 }
 
 /// Runs a body on a thread of its own kind: one, with simulated time.
@@ -188,8 +230,8 @@ async fn clients(life: Life, ledger: Ledger, seed: u64) {
     let open: Vec<(usize, usize)> = {
         let ledger = ledger.borrow();
         let all = ledger.iter().enumerate().filter(|(_, sequence)| sequence.gone == Gone::No && !sequence.finalized);
-        all.flat_map(|(at, sequence)| (0..sequence.topics.len()).map(move |topic| (at, topic)))
-            .filter(|(at, topic)| !ledger[*at].topics[*topic].locked)
+        all.filter(|(_, sequence)| !sequence.lost).flat_map(|(at, sequence)| (0..sequence.topics.len()).map(move |topic| (at, topic)))
+            .filter(|(at, topic)| !ledger[*at].topics[*topic].locked && !ledger[*at].topics[*topic].lost)
             .collect()
     };
     for (sequence, topic) in open {
@@ -207,6 +249,7 @@ async fn clients(life: Life, ledger: Ledger, seed: u64) {
             topics: Vec::new(),
             gone: Gone::No,
             finalized: false,
+            lost: false,
         });
         for index in 0..1 + random.below(3) {
             let format = if random.below(2) == 0 { Format::Image } else { Format::Default };
@@ -228,6 +271,7 @@ async fn clients(life: Life, ledger: Ledger, seed: u64) {
                 acked: 0,
                 locked: false,
                 ending: false,
+                lost: false,
             };
             ledger.borrow_mut()[at].topics.push(entry);
             let upload = upload(life.clone(), Rc::clone(&ledger), at, index as usize, random.bits());
@@ -248,7 +292,7 @@ async fn clients(life: Life, ledger: Ledger, seed: u64) {
         .borrow()
         .iter()
         .enumerate()
-        .filter(|(_, s)| s.gone == Gone::No && !s.finalized && s.topics.iter().all(|topic| topic.locked))
+        .filter(|(_, s)| s.gone == Gone::No && !s.finalized && !s.lost && s.topics.iter().all(|topic| topic.locked || topic.lost))
         .map(|(at, sequence)| (at, sequence.name.clone(), sequence.id))
         .collect();
     for (at, name, id) in whole {
@@ -352,10 +396,11 @@ async fn check(life: &Life, ledger: &Ledger) {
                 continue;
             }
             (Gone::Asked, false) => continue,
+            (Gone::No, false) if sequence.lost => continue,
             (Gone::No, known) => assert!(known, "INV-1: {} was created and is gone", sequence.name),
             (Gone::Asked, true) => {}
         }
-        for topic in &sequence.topics {
+        for topic in sequence.topics.iter().filter(|topic| !topic.lost) {
             check_topic(life, topic).await;
         }
     }
@@ -414,9 +459,67 @@ async fn recover_and_check(life: &Life, disk: &SimDisk, ledger: &Ledger) {
     check(life, ledger).await;
 }
 
-/// One recorder, crashed again and again; returns how many crashes there were. `planted`: what the disk
-/// does beyond its rules, which the checks must notice.
-fn run_seed(seed: u64, planted: Faults) -> u64 {
+/// The catalog is gone: another is made from the files. Returns what clients were told and is lost with it.
+async fn lose_catalog(disk: &SimDisk, store: &Path, ledger: &Ledger) {
+    let old = open_catalog(store, CALM, &Arc::default());
+    let fresh = store.join("fresh");
+    let new = Catalog::open_small(&fresh, Simulated::default()).expect("a new catalog");
+    // A file that the crash met before its head was durable says nothing of itself and is set aside: what had
+    // committed chunks is checked below.
+    rebuild(disk, &store.join("data"), &new, 0, &mut |_| {}).await.expect("INV-9: it is made again");
+    let mut ledger = ledger.borrow_mut();
+    for sequence in ledger.iter_mut() {
+        let known = new.sequence(sequence.id).expect("readable").is_some();
+        assert!(known || !sequence.finalized, "INV-9: {} was finalized and did not come back", sequence.name);
+        if known && sequence.gone != Gone::No {
+            // Its deletion was known to the catalog alone, if its files are still there.
+            sequence.gone = if sequence.gone == Gone::Told { Gone::Told } else { Gone::Asked };
+        }
+        for topic in &mut sequence.topics {
+            let before = old.topic_by_id(topic.id).expect("readable");
+            let after = new.topic_by_id(topic.id).expect("readable");
+            let chunks = |look: &Catalog, record: &Option<TopicRecord>| match record {
+                Some(record) => look.totals(record.no).expect("readable").chunk_batches,
+                None => 0,
+            };
+            let (had, has) = (chunks(&old, &before), chunks(&new, &after));
+            assert!(had <= has, "INV-9: {}: {had} batches were in chunks, {has} came back", topic.locator);
+            if sequence.finalized {
+                assert_eq!(before, after, "INV-9: {} came back changed", topic.locator);
+                check_index(&old, &new, topic.id);
+            }
+            // Without a chunk there is no file that could tell of it.
+            topic.lost |= after.is_none() && !sequence.finalized;
+            let locked = after.is_some_and(|after| after.completed_at_ns.is_some());
+            if !locked {
+                // Only tails may be missing, and what only the catalog knew.
+                topic.acked = topic.acked.min(has);
+                topic.locked = false;
+            }
+        }
+        sequence.lost |= !known;
+    }
+    drop((old, new));
+    std::fs::remove_dir_all(store.join("catalog")).expect("removed");
+    std::fs::rename(&fresh, store.join("catalog")).expect("renamed");
+}
+
+/// The skip index of a finalized topic is the same as before.
+fn check_index(old: &Catalog, new: &Catalog, topic: TopicId) {
+    let of = |catalog: &Catalog| {
+        let pin = catalog.pin().expect("open");
+        let look = pin.view();
+        let Some(record) = look.topic_by_id(topic).expect("readable") else { return Vec::new() };
+        let Some(ontology) = look.ontology_of(record.no).expect("readable") else { return Vec::new() };
+        let rows: Vec<u64> = look.chunks(record.no).expect("readable").iter().map(|chunk| chunk.first_row).collect();
+        indexed(&look, record.no, &ontology, &rows).expect("readable")
+    };
+    assert_eq!(of(old), of(new), "INV-6: the index came back changed");
+}
+
+/// One recorder, crashed again and again; returns how many crashes there were. `planted`: what goes wrong
+/// beyond the rules, which the checks must notice.
+fn run_seed(seed: u64, planted: Planted) -> u64 {
     let base = if Path::new("/dev/shm").is_dir() { Path::new("/dev/shm") } else { Path::new("/tmp") };
     let store = tempfile::tempdir_in(base).expect("a folder");
     std::fs::create_dir_all(store.path().join("data/sequences")).expect("a folder");
@@ -424,30 +527,41 @@ fn run_seed(seed: u64, planted: Faults) -> u64 {
     let mut random = Random::new(seed);
     let disk = SimDisk::new(random.bits(), u64::MAX, Faults::default());
     let mut disk = on_one_thread(async {
-        storage::disk::make_dirs(&disk, Path::new("/"), &store.path().join("data")).await.expect("folders");
+        let dirs = store.path().join("data/sequences");
+        storage::disk::make_dirs(&disk, Path::new("/"), &dirs).await.expect("folders");
         disk
     });
+    let calm = Manner { replays_tail: planted.replays_tail, ..CALM };
     for _ in 0..LIVES {
-        let faults = match random.below(3) {
-            0 => Faults { writes: 20, syncs: 20, ..planted },
-            _ => planted,
+        let faults = match random.below(4) {
+            0 => Faults { writes: 20, syncs: 20, reads: 5, ..planted.disk },
+            1 => Faults { space: 15, stuck: 5, ..planted.disk },
+            _ => planted.disk,
         };
+        let failing_commits = if random.below(4) == 0 { 100 } else { 0 };
+        let manner = Manner { lag: 1 + random.below(200), seed: random.bits(), ..calm };
         let in_recovery = random.below(5) == 0;
+        let catalog_lost = random.below(20) == 0;
         let (seed, recovery_crash, crash) = (random.bits(), 1 + random.below(30), 1 + random.below(600));
         on_one_thread(async {
-            let life = begin(&disk, store.path());
+            if catalog_lost {
+                lose_catalog(&disk, store.path(), &ledger).await;
+            }
+            let life = begin(&disk, store.path(), if in_recovery { calm } else { manner });
             if in_recovery {
                 // The crash may meet the recovery itself.
-                disk.arm(recovery_crash, planted);
+                disk.arm(recovery_crash, planted.disk);
+                let (config, catalog, committer) = (&life.config, &life.lifecycle.catalog, &life.lifecycle.committer);
                 tokio::select! {
                     biased;
                     () = disk.crashed() => return,
-                    _ = recover_all(&life.config, &life.lifecycle.catalog, &life.lifecycle.committer, &life.steward, Receipt::default()) => {}
+                    _ = recover_all(config, catalog, committer, &life.steward, Receipt::default()) => {}
                 }
             }
-            disk.arm(u64::MAX / 2, planted);
+            disk.arm(u64::MAX / 2, planted.disk);
             recover_and_check(&life, &disk, &ledger).await;
             disk.arm(crash, faults);
+            life.failing_commits.store(failing_commits, Ordering::Relaxed);
             tokio::select! {
                 biased;
                 () = disk.crashed() => {}
@@ -457,7 +571,7 @@ fn run_seed(seed: u64, planted: Faults) -> u64 {
         disk = disk.after_crash(u64::MAX, Faults::default());
     }
     on_one_thread(async {
-        let life = begin(&disk, store.path());
+        let life = begin(&disk, store.path(), calm);
         recover_and_check(&life, &disk, &ledger).await;
     });
     LIVES
@@ -473,7 +587,7 @@ fn run_part(part: u64) {
     };
     let mut crashes = 0;
     for seed in &seeds {
-        match std::panic::catch_unwind(|| run_seed(*seed, Faults::default())) {
+        match std::panic::catch_unwind(|| run_seed(*seed, Planted::default())) {
             Ok(more) => crashes += more,
             Err(panic) => {
                 eprintln!("seed {seed} failed; repeat it by: ./x sim --seed {seed}");
@@ -512,7 +626,7 @@ fn inv_1_a_topic_resumed_while_its_files_are_being_sealed_keeps_what_it_was_told
         std::fs::create_dir_all(store.path().join("data/sequences")).expect("a folder");
         let disk = SimDisk::new(seed, u64::MAX, Faults::default());
         on_one_thread(async {
-            let life = begin_with(&disk, store.path(), 4 + seed * 6);
+            let life = begin(&disk, store.path(), Manner { lag: 4 + seed * 6, ..CALM });
             let sequence =
                 life.lifecycle.create_sequence("s".to_owned(), "{}".to_owned(), true).await.expect("created");
             let mut topics = Vec::new();
@@ -534,6 +648,7 @@ fn inv_1_a_topic_resumed_while_its_files_are_being_sealed_keeps_what_it_was_told
                     acked: 0,
                     locked: false,
                     ending: false,
+                    lost: false,
                 });
             }
             // The first topic's seal keeps the steward busy while the second one is resumed.
@@ -562,22 +677,29 @@ async fn put_one_by_one(life: &Life, topic: &mut TopicLedger, count: u64) {
     life.lifecycle.end_upload(opened.topic.no, End::Leave).await.expect("left");
 }
 
-/// The checks can fail: a bug planted below the recorder is noticed within 1,000 crashes.
+/// The checks can fail: a planted bug is noticed within 1,000 crashes, by a promise.
 #[track_caller]
-fn check_noticed(planted: Faults) {
+fn check_noticed(planted: Planted) {
     let quiet = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    let noticed = (0..1000 / LIVES).find(|seed| std::panic::catch_unwind(|| run_seed(*seed, planted)).is_err());
+    let noticed = (0..1000 / LIVES).find_map(|seed| std::panic::catch_unwind(|| run_seed(seed, planted)).err());
     std::panic::set_hook(quiet);
-    assert!(noticed.is_some(), "{planted:?} was not noticed within 1,000 crashes");
+    let panic = noticed.unwrap_or_else(|| panic!("{planted:?} was not noticed within 1,000 crashes"));
+    let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
+    assert!(text.contains("INV-"), "noticed, but not by a promise: {text}");
 }
 
 #[test]
-fn an_acknowledgement_before_the_data_is_durable_is_noticed() {
-    check_noticed(Faults { file_syncs_lie: true, ..Faults::default() });
+fn inv_1_an_acknowledgement_before_the_data_is_durable_is_noticed() {
+    check_noticed(Planted { disk: Faults { file_syncs_lie: true, ..Faults::default() }, ..Planted::default() });
 }
 
 #[test]
-fn a_chunk_in_a_file_whose_folder_was_not_synced_is_noticed() {
-    check_noticed(Faults { folder_syncs_lie: true, ..Faults::default() });
+fn inv_1_a_chunk_in_a_file_whose_folder_was_not_synced_is_noticed() {
+    check_noticed(Planted { disk: Faults { folder_syncs_lie: true, ..Faults::default() }, ..Planted::default() });
+}
+
+#[test]
+fn inv_2_a_tail_entry_below_the_last_chunk_that_is_replayed_is_noticed() {
+    check_noticed(Planted { replays_tail: true, ..Planted::default() });
 }

@@ -201,7 +201,8 @@ pub async fn behind<D: Disk>(disk: &D, look: &impl Look, data_dir: &Path, topic:
 /// When the file cannot be read.
 pub async fn of_file<D: Disk>(disk: &D, path: &Path, topic: TopicNo, from: u64) -> Result<Vec<Found>> {
     let end = disk.data_end(path, from).await.map_err(|error| StorageError::io("look at", path, error))?;
-    let trailers = trailers(disk, path, from, block_ceil(end)).await?;
+    // Trailers end on block boundaries: what is behind the last one in the file is part of a footer.
+    let trailers = trailers(disk, path, from, end).await?;
     let of_topic = trailers.into_iter().filter(|trailer| trailer.topic == topic);
     Ok(of_topic.map(|trailer| Found { path: path.to_owned(), trailer }).collect())
 }

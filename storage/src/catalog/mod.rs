@@ -48,8 +48,22 @@ struct Shared {
     path: PathBuf,
     direct: bool,
     memtable_bytes: usize,
-    /// What becomes of commits, in simulations.
-    fate: Option<Box<FateOf>>,
+    simulated: Simulated,
+}
+
+/// What simulations do to a catalog; nothing of it in the program.
+#[derive(Default)]
+pub struct Simulated {
+    /// What becomes of commits.
+    pub fate: Option<Box<FateOf>>,
+    /// A planted bug: tail entries below the last chunk stay, and are read again.
+    pub replays_tail: bool,
+}
+
+impl std::fmt::Debug for Simulated {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Simulated").field("replays_tail", &self.replays_tail).finish_non_exhaustive()
+    }
 }
 
 /// What becomes of a commit.
@@ -82,7 +96,7 @@ impl Catalog {
     /// # Errors
     /// [`StorageError::Catalog`] with RocksDB's text.
     pub fn open(path: &Path, direct: bool) -> Result<Self> {
-        Self::open_sized(path, direct, MEMTABLE_BYTES, None)
+        Self::open_sized(path, direct, MEMTABLE_BYTES, Simulated::default())
     }
 
     /// The same with small buffers and files: it opens in milliseconds, for simulations that open
@@ -90,13 +104,13 @@ impl Catalog {
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn open_small(path: &Path, fate: Option<Box<FateOf>>) -> Result<Self> {
-        Self::open_sized(path, false, 64 << 10, fate)
+    pub fn open_small(path: &Path, simulated: Simulated) -> Result<Self> {
+        Self::open_sized(path, false, 64 << 10, simulated)
     }
 
-    fn open_sized(path: &Path, direct: bool, memtable_bytes: usize, fate: Option<Box<FateOf>>) -> Result<Self> {
+    fn open_sized(path: &Path, direct: bool, memtable_bytes: usize, simulated: Simulated) -> Result<Self> {
         let db = RwLock::new(Some(Arc::new(Self::open_db(path, direct, memtable_bytes)?)));
-        Ok(Self { shared: Arc::new(Shared { db, path: path.to_owned(), direct, memtable_bytes, fate }) })
+        Ok(Self { shared: Arc::new(Shared { db, path: path.to_owned(), direct, memtable_bytes, simulated }) })
     }
 
     fn open_db(path: &Path, direct: bool, memtable_bytes: usize) -> Result<Db> {
@@ -132,7 +146,8 @@ impl Catalog {
     pub fn pin(&self) -> Result<Pin> {
         let db = self.shared.db.read().unwrap_or_else(PoisonError::into_inner).clone();
         let text = || "being opened again after a failed commit; ask again".to_owned();
-        db.map(Pin).ok_or_else(|| StorageError::Catalog { op: "read", text: text() })
+        let replays_tail = self.shared.simulated.replays_tail;
+        db.map(|db| Pin { db, replays_tail }).ok_or_else(|| StorageError::Catalog { op: "read", text: text() })
     }
 
     /// Closes RocksDB and opens it again: after a failed commit only what it then finds is true, and
@@ -172,7 +187,7 @@ impl Catalog {
     /// # Errors
     /// While it is being opened again.
     pub fn sequence_number(&self) -> Result<u64> {
-        Ok(self.pin()?.0.latest_sequence_number())
+        Ok(self.pin()?.db.latest_sequence_number())
     }
 
     /// Starts a group of changes. Only the committer does.
@@ -186,7 +201,10 @@ impl Catalog {
 }
 
 /// RocksDB, held open.
-pub struct Pin(Arc<Db>);
+pub struct Pin {
+    db: Arc<Db>,
+    replays_tail: bool,
+}
 
 impl std::fmt::Debug for Pin {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -196,14 +214,14 @@ impl std::fmt::Debug for Pin {
 
 impl Pin {
     fn family(&self, family: Family) -> Result<Arc<BoundColumnFamily<'_>>> {
-        self.0
+        self.db
             .cf_handle(family.name())
             .ok_or(StorageError::Catalog { op: "open", text: format!("column family {} is missing", family.name()) })
     }
 
     /// The catalog as it is now, whatever is committed meanwhile.
     pub fn view(&self) -> View<'_> {
-        View { pin: self, snapshot: self.0.snapshot() }
+        View { pin: self, snapshot: self.db.snapshot() }
     }
 }
 
@@ -247,6 +265,11 @@ pub trait Look {
     /// # Errors
     /// When RocksDB cannot read.
     fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()>;
+
+    /// See [`Simulated::replays_tail`].
+    fn replays_tail(&self) -> bool {
+        false
+    }
 
     /// A record, unpacked.
     ///
@@ -374,8 +397,8 @@ pub trait Look {
     /// or of a chunk committed meanwhile; anything behind a hole was never acknowledged.
     fn tail(&self, no: TopicNo, end_batch: u64) -> Result<Vec<TailRun>> {
         let mut runs: Vec<TailRun> = Vec::new();
-        let mut next = end_batch;
-        self.scan(Family::Tail, &keys::of_topic(no), &keys::tail(no, end_batch), &mut |_, value| {
+        let mut next = if self.replays_tail() { 0 } else { end_batch };
+        self.scan(Family::Tail, &keys::of_topic(no), &keys::tail(no, next), &mut |_, value| {
             let run: TailRun = unpack("tail", value)?;
             if run.first_batch != next {
                 return Ok(false);
@@ -448,6 +471,10 @@ pub trait Look {
 }
 
 impl Look for Catalog {
+    fn replays_tail(&self) -> bool {
+        self.shared.simulated.replays_tail
+    }
+
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
         self.pin()?.get(family, key)
     }
@@ -458,13 +485,17 @@ impl Look for Catalog {
 }
 
 impl Look for Pin {
+    fn replays_tail(&self) -> bool {
+        self.replays_tail
+    }
+
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        self.0.get_cf(&self.family(family)?, key).map_err(failed("read"))
+        self.db.get_cf(&self.family(family)?, key).map_err(failed("read"))
     }
 
     fn scan(&self, family: Family, prefix: &[u8], from: &[u8], visit: Visit<'_>) -> Result<()> {
         let handle = self.family(family)?;
-        for pair in self.0.iterator_cf(&handle, IteratorMode::From(from, rocksdb::Direction::Forward)) {
+        for pair in self.db.iterator_cf(&handle, IteratorMode::From(from, rocksdb::Direction::Forward)) {
             let (key, value) = pair.map_err(failed("scan"))?;
             if !key.starts_with(prefix) || !visit(&key, &value)? {
                 break;
@@ -487,6 +518,10 @@ impl std::fmt::Debug for View<'_> {
 }
 
 impl Look for View<'_> {
+    fn replays_tail(&self) -> bool {
+        self.pin.replays_tail
+    }
+
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
         self.snapshot.get_cf(&self.pin.family(family)?, key).map_err(failed("read"))
     }
@@ -566,12 +601,12 @@ impl Group {
         }
         let mut options = WriteOptions::default();
         options.set_sync(true);
-        let fate = self.catalog.shared.fate.as_ref().map_or(Fate::Done, |fate| fate());
+        let fate = self.catalog.shared.simulated.fate.as_ref().map_or(Fate::Done, |fate| fate());
         let refused = || StorageError::Catalog { op: "commit", text: "simulated commit error".to_owned() };
         if fate == Fate::Lost {
             return Err(refused());
         }
-        self.pin.0.write_opt(self.batch, &options).map_err(failed("commit"))?;
+        self.pin.db.write_opt(self.batch, &options).map_err(failed("commit"))?;
         if fate == Fate::Done { Ok(()) } else { Err(refused()) }
     }
 
@@ -605,6 +640,10 @@ impl Group {
 }
 
 impl Look for Group {
+    fn replays_tail(&self) -> bool {
+        self.pin.replays_tail
+    }
+
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
         match self.overlay.get(&(family, key.to_vec())) {
             Some(pending) => Ok(pending.clone()),
@@ -653,6 +692,10 @@ impl std::fmt::Debug for Txn<'_> {
 }
 
 impl Look for Txn<'_> {
+    fn replays_tail(&self) -> bool {
+        self.group.replays_tail()
+    }
+
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
         self.group.get(family, key)
     }
@@ -724,7 +767,7 @@ impl Txn<'_> {
         self.put(Family::Skip, keys::skip_open(no, record.first_row), skip)?;
         let from = keys::tail(no, record.first_batch);
         let to = keys::tail(no, record.end_batch);
-        if from < to {
+        if from < to && !self.replays_tail() {
             self.delete_range(Family::Tail, from, to);
         }
         Ok(())

@@ -65,7 +65,7 @@ fn open(path: &Path) -> Result<Pin> {
             open().map_err(failed)?
         }
     };
-    Ok(Pin(Arc::new(db)))
+    Ok(Pin { db: Arc::new(db), replays_tail: false })
 }
 
 /// Reading what may be damaged: what cannot be read is counted and passed over.
@@ -88,7 +88,7 @@ impl Old<'_> {
                 (rocksdb::Direction::Reverse, None) => IteratorMode::End,
             };
             let mut whole = true;
-            for pair in self.pin.0.iterator_cf(&handle, from) {
+            for pair in self.pin.db.iterator_cf(&handle, from) {
                 let Ok((key, value)) = pair else {
                     whole = false;
                     break;
