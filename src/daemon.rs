@@ -14,8 +14,8 @@ use crate::ingest::committer::{self, CommitHandle};
 use crate::ingest::lane::{Receiver, lane};
 use crate::ingest::steward::{self, StewardHandle};
 use crate::ingest::writer::{self, Message, PreallocBudget, WriterHandles};
-use crate::lifecycle::Lifecycle;
-use crate::ontology::Registry;
+use crate::lifecycle::{Lifecycle, LifecycleError};
+use crate::ontology::{Registry, RegistryError};
 use crate::stats::{Station, Stats};
 use crate::{folder, host, housekeeping, limits, recovery, systemd};
 use std::io;
@@ -28,7 +28,7 @@ use storage::disk::{Disk, DiskState, Engine, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
 use storage::read::{self, Loader};
 use storage::recover::Receipt;
-use storage::{posix, uring};
+use storage::{StorageError, posix, uring};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc, watch};
 
@@ -43,8 +43,44 @@ pub(crate) struct Bench {
     pub(crate) no_index: bool,
 }
 
+/// Why the daemon ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// It was told to.
+    Stopped,
+    /// Its catalog is damaged: started again, it makes another from the files.
+    ToStartAgain,
+}
+
 /// Runs the daemon until SIGTERM or SIGINT.
-pub(crate) fn run(config: Config, bench: Bench) -> Result<(), AnyError> {
+pub(crate) fn run(config: Config, bench: Bench) -> Result<Ended, AnyError> {
+    let data_dir = config.data_dir.clone();
+    let mut made_anew = false;
+    match run_once(config, bench, &mut made_anew) {
+        // Opened, and damaged inside: whatever part of the start met it. One that was just made anew is not
+        // made a second time.
+        Err(error) if !made_anew && is_corruption(error.as_ref()) => {
+            tracing::error!(%error, "the catalog is damaged: starting again, to make another from the files");
+            folder::ask_for_rebuild(&data_dir, &error.to_string())?;
+            Ok(Ended::ToStartAgain)
+        }
+        ended => ended,
+    }
+}
+
+/// Whether RocksDB found its own bytes damaged, somewhere down an error's causes.
+fn is_corruption(error: &(dyn std::error::Error + 'static)) -> bool {
+    let known = match error.downcast_ref::<LifecycleError>() {
+        Some(LifecycleError::Storage(error) | LifecycleError::Registry(RegistryError::Storage(error))) => Some(error),
+        _ => match error.downcast_ref::<RegistryError>() {
+            Some(RegistryError::Storage(error)) => Some(error),
+            _ => error.downcast_ref::<StorageError>(),
+        },
+    };
+    known.is_some_and(StorageError::is_corruption)
+}
+
+fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended, AnyError> {
     let started = Instant::now();
     host::raise_descriptor_limit();
     let (_lock, format) = folder::prepare(&config.data_dir)?;
@@ -69,7 +105,8 @@ pub(crate) fn run(config: Config, bench: Bench) -> Result<(), AnyError> {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("fb-control").enable_all().build()?;
     housekeeping::look_at_space(&config, &health, false);
     front.block_on(recovery::migrate_before(format, &catalog, &committer))?;
-    let told = Receipt { catalog_was: was.clone(), rebuilt, ..Receipt::default() };
+    *made_anew = rebuilt.is_some();
+    let told = Receipt { catalog_was: was, rebuilt, ..Receipt::default() };
     let recovered = front.block_on(recovery::recover_all(&config, &catalog, &committer, &steward, told))?;
     let registry = front.block_on(Registry::load(&catalog, &committer, config.ontology))?;
     front.block_on(recovery::migrate_after(format, &config, &catalog, &committer, &registry))?;
@@ -289,7 +326,7 @@ async fn serve(
     stopping: watch::Receiver<bool>,
     recovered: &Receipt,
     started: Instant,
-) -> Result<(), AnyError> {
+) -> Result<Ended, AnyError> {
     // Before READY: who is told so may ask to stop at once, and a signal without its handler kills.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -312,7 +349,7 @@ async fn serve(
     let mut corrupt = shared.health.corrupt.subscribe();
     let data_dir = shared.config.data_dir.clone();
     let mut server = tokio::spawn(listeners.serve(shared, stopping));
-    let mut outcome = Ok(());
+    let mut ended = Ended::Stopped;
     tokio::select! {
         ended = &mut server => {
             // The server ends by itself only when it failed.
@@ -320,9 +357,9 @@ async fn serve(
         }
         found = corrupt.wait_for(Option::is_some) => {
             let cause = found.map(|cause| cause.clone().unwrap_or_default()).unwrap_or_default();
-            tracing::error!(%cause, "the catalog is damaged: stopping, so that the next start makes it again from the files");
+            tracing::error!(%cause, "the catalog is damaged: starting again, to make another from the files");
             folder::ask_for_rebuild(&data_dir, &cause)?;
-            outcome = Err(format!("the catalog is damaged ({cause}); start again, it is made anew from the files").into());
+            ended = Ended::ToStartAgain;
         }
         _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
         _ = interrupt.recv() => tracing::info!("interrupted: stopping"),
@@ -333,7 +370,7 @@ async fn serve(
         tracing::info!("open calls were cut after {:?}", limits::SHUTDOWN_DRAIN);
         server.abort();
     }
-    outcome
+    Ok(ended)
 }
 
 /// One line at the end: how much, and the stations' times.

@@ -45,7 +45,7 @@ use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
 /// Seeds of a run, crashes of each, and tests they are spread over.
-const SEEDS: u64 = 1000;
+const SEEDS: u64 = 2000;
 const LIVES: u64 = 5;
 const PARTS: u64 = 4;
 
@@ -230,7 +230,8 @@ async fn clients(life: Life, ledger: Ledger, seed: u64) {
     let open: Vec<(usize, usize)> = {
         let ledger = ledger.borrow();
         let all = ledger.iter().enumerate().filter(|(_, sequence)| sequence.gone == Gone::No && !sequence.finalized);
-        all.filter(|(_, sequence)| !sequence.lost).flat_map(|(at, sequence)| (0..sequence.topics.len()).map(move |topic| (at, topic)))
+        all.filter(|(_, sequence)| !sequence.lost)
+            .flat_map(|(at, sequence)| (0..sequence.topics.len()).map(move |topic| (at, topic)))
             .filter(|(at, topic)| !ledger[*at].topics[*topic].locked && !ledger[*at].topics[*topic].lost)
             .collect()
     };
@@ -292,7 +293,9 @@ async fn clients(life: Life, ledger: Ledger, seed: u64) {
         .borrow()
         .iter()
         .enumerate()
-        .filter(|(_, s)| s.gone == Gone::No && !s.finalized && !s.lost && s.topics.iter().all(|topic| topic.locked || topic.lost))
+        .filter(|(_, s)| {
+            s.gone == Gone::No && !s.finalized && !s.lost && s.topics.iter().all(|topic| topic.locked || topic.lost)
+        })
         .map(|(at, sequence)| (at, sequence.name.clone(), sequence.id))
         .collect();
     for (at, name, id) in whole {

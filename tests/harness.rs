@@ -237,6 +237,31 @@ pub(crate) async fn put(
     last_watermark(results).await
 }
 
+/// Puts batches; when all are durable, the connection is gone in the middle of the stream.
+pub(crate) async fn put_and_vanish(server: &Server, descriptor: FlightDescriptor, batches: Vec<RecordBatch>) {
+    // On a runtime of its own: when that is gone, so is the connection.
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let (durable, is_durable) = tokio::sync::oneshot::channel();
+    let (address, count) = (server.address, batches.len());
+    let endless = stream::iter(batches).chain(stream::pending());
+    let messages = encode(descriptor, blob_schema(), endless);
+    runtime.spawn(async move {
+        let mut client = connect(address).await;
+        let mut results = client.do_put(messages).await.expect("put").into_inner();
+        while let Some(mark) = results.message().await.expect("a watermark") {
+            let mark: Value = serde_json::from_slice(&mark.app_metadata).expect("JSON");
+            if mark["batches"] == count {
+                break;
+            }
+        }
+        durable.send(()).expect("the test waits");
+        std::future::pending::<()>().await;
+    });
+    is_durable.await.expect("durable");
+    runtime.shutdown_background();
+}
+
 /// Reads watermarks to the end.
 pub(crate) async fn last_watermark(mut results: Streaming<PutResult>) -> Result<Option<Value>, Status> {
     let mut last = None;

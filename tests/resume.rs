@@ -3,7 +3,7 @@
 
 use crate::harness::{
     Client, Server, action, blob, blob_batch, check_refused, create_sequence, create_topic, encode, files_below, get,
-    last_watermark, run, times,
+    last_watermark, put_and_vanish, run, times,
 };
 use arrow::array::{AsArray, RecordBatch};
 use arrow_flight::FlightDescriptor;
@@ -127,27 +127,8 @@ fn inv_2_an_upload_that_is_killed_again_and_again_ends_with_every_row_once_and_i
 async fn interrupted(server: &Server, client: &mut Client) -> (String, String) {
     let sequence = create_sequence(client, "cut").await;
     let key = create_topic(client, &sequence, "cut/cam", "default").await;
-    // On a runtime of its own: when that is gone, so is the connection, in the middle of the stream.
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
-    let (durable, is_durable) = tokio::sync::oneshot::channel();
-    let batches = stream::iter(0..3).map(|block| blob_batch(block * 10, 10, 100)).chain(stream::pending());
-    let messages = encode(descriptor("cut/cam", &key, None), blob_batch(0, 0, 0).schema(), batches);
-    let address = server.address;
-    runtime.spawn(async move {
-        let mut client = crate::harness::connect(address).await;
-        let mut results = client.do_put(messages).await.expect("put").into_inner();
-        while let Some(mark) = results.message().await.expect("a watermark") {
-            let mark: Value = serde_json::from_slice(&mark.app_metadata).expect("JSON");
-            if mark["batches"] == 3 {
-                break;
-            }
-        }
-        durable.send(()).expect("the test waits");
-        std::future::pending::<()>().await;
-    });
-    is_durable.await.expect("durable");
-    runtime.shutdown_background();
+    let batches = (0..3).map(|block| blob_batch(block * 10, 10, 100)).collect();
+    put_and_vanish(server, descriptor("cut/cam", &key, None), batches).await;
     while status(client, "cut/cam").await["uploading"] == true {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

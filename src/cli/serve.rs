@@ -1,8 +1,9 @@
 //! `flightbox serve`: logs, then the daemon.
 
 use crate::config::Config;
-use crate::daemon::{self, Bench};
+use crate::daemon::{self, Bench, Ended};
 use std::io::IsTerminal;
+use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -17,6 +18,13 @@ pub(super) fn run(config: Config, bench: Bench) -> Result<ExitCode, Box<dyn std:
     } else {
         log.with_target(false).init();
     }
-    daemon::run(config, bench)?;
-    Ok(ExitCode::SUCCESS)
+    match daemon::run(config, bench)? {
+        Ended::Stopped => Ok(ExitCode::SUCCESS),
+        // A new program in the same process: nothing of the old catalog is open any more, and who watches
+        // over the process sees it go on.
+        Ended::ToStartAgain => {
+            let mut again = std::process::Command::new(std::env::current_exe()?);
+            Err(again.args(std::env::args_os().skip(1)).exec().into())
+        }
+    }
 }

@@ -25,7 +25,7 @@ use records::{
 };
 use rocksdb::{
     BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode,
-    DBWithThreadMode, IteratorMode, MultiThreaded, Options, WriteBatch, WriteBufferManager, WriteOptions,
+    DBWithThreadMode, IteratorMode, LogLevel, MultiThreaded, Options, WriteBatch, WriteBufferManager, WriteOptions,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -126,6 +126,14 @@ impl Catalog {
         // What is preallocated of log and manifest follows the memtables.
         options.set_manifest_preallocation_size(memtable_bytes / 2);
         options.set_max_background_jobs(2);
+        if memtable_bytes != MEMTABLE_BYTES {
+            // What a simulation pays for every time it opens: threads, and a log for people.
+            options.set_max_file_opening_threads(1);
+            options.set_log_level(LogLevel::Error);
+            options.set_stats_dump_period_sec(0);
+            options.set_stats_persist_period_sec(0);
+            options.set_skip_stats_update_on_db_open(true);
+        }
         options.set_max_open_files(256);
         // Flush and compaction past the page cache and rate-limited: otherwise ext4's journal drags
         // their dirty pages into every durable write of a segment.
@@ -236,7 +244,8 @@ fn family_options(family: Family, cache: &Cache, memtable_bytes: usize) -> Optio
     options.set_block_based_table_factory(&table);
     options.set_write_buffer_size(memtable_bytes);
     // A table file is preallocated with this size: eight memtables, RocksDB's own default here.
-    options.set_target_file_size_base(memtable_bytes as u64 * 8);
+    let tables = if memtable_bytes == MEMTABLE_BYTES { 8 } else { 1 };
+    options.set_target_file_size_base(memtable_bytes as u64 * tables);
     match family {
         // The tail lives for seconds: small memtables, nothing compressed.
         Family::Tail => {

@@ -1,0 +1,339 @@
+//! Damaged bytes of every kind, and a catalog that is gone: found, named, confined; the service starts.
+
+use crate::harness::{
+    Client, Server, action, blob, blob_batch, create_sequence, create_topic, encode, files_below, flightbox,
+    flightbox_may_fail, get, put, put_descriptor, run, times,
+};
+use arrow::array::{AsArray, RecordBatch};
+use arrow_flight::{FlightDescriptor, Ticket};
+use futures::{StreamExt, stream};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use tonic::Code;
+
+const SETTINGS: [&str; 3] = ["chunk_bytes=1MiB", "commit_interval=10ms", "scrub_rate=0"];
+/// Batches of ten rows of 60 kB: a chunk holds two of them.
+const BATCHES: usize = 8;
+const ROWS: usize = 10;
+const BLOB_BYTES: usize = 60_000;
+
+fn folder() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder")
+}
+
+fn camera_batches() -> Vec<RecordBatch> {
+    (0..BATCHES).map(|batch| blob_batch((batch * ROWS) as i64, ROWS, BLOB_BYTES)).collect()
+}
+
+/// A finalized sequence with a camera and a slow topic, and one that is still open: two chunks and a tail.
+/// The server is killed with the open one's stream running.
+async fn record(data: &Path) -> Server {
+    let server = Server::start_on(data, &SETTINGS);
+    let mut client = server.client().await;
+    let key = create_sequence(&mut client, "whole").await;
+    let camera = create_topic(&mut client, &key, "whole/camera", "image").await;
+    put(&mut client, "whole/camera", &camera, camera_batches()).await.expect("put");
+    let slow = create_topic(&mut client, &key, "whole/slow", "default").await;
+    put(&mut client, "whole/slow", &slow, vec![blob_batch(0, 5, 100)]).await.expect("put");
+    let note = json!({ "name": "whole/slow", "notify_type": "error", "msg": "a note" });
+    action(&mut client, "topic_notify_create", note).await.expect("a note");
+    action(&mut client, "sequence_finalize", json!({ "name": "whole", "key": key })).await.expect("finalize");
+    let key = create_sequence(&mut client, "open").await;
+    let topic = create_topic(&mut client, &key, "open/camera", "image").await;
+    let mut batches: Vec<RecordBatch> = camera_batches().into_iter().take(4).collect();
+    batches.push(blob_batch(40, 1, 10));
+    let endless = stream::iter(batches).chain(stream::pending());
+    let messages = encode(put_descriptor("open/camera", &topic), blob_batch(0, 0, 0).schema(), endless);
+    let mut results = client.do_put(messages).await.expect("put").into_inner();
+    loop {
+        let mark = results.message().await.expect("a watermark").expect("one");
+        let mark: Value = serde_json::from_slice(&mark.app_metadata).expect("JSON");
+        if mark["rows"] == 41 {
+            break;
+        }
+    }
+    server
+}
+
+/// The rows that a topic gives, checked one by one against what was sent.
+async fn rows(client: &mut Client, topic: &str, bytes: impl Fn(i64) -> usize) -> Vec<i64> {
+    let found = get(client, topic.to_owned()).await.expect("get");
+    for batch in &found {
+        for (time, found) in times(std::slice::from_ref(batch)).into_iter().zip(batch.column(1).as_binary::<i32>()) {
+            assert_eq!(found.expect("a blob"), blob(time, bytes(time)), "{topic}: row {time}");
+        }
+    }
+    times(&found)
+}
+
+fn camera_bytes(time: i64) -> usize {
+    if time == 40 { 10 } else { BLOB_BYTES }
+}
+
+/// What is finalized is whole; what is open has at least its chunks, and nothing but a prefix.
+async fn check_all(server: &Server) -> usize {
+    let mut client = server.client().await;
+    assert_eq!(rows(&mut client, "whole/camera", |_| BLOB_BYTES).await, (0..80).collect::<Vec<_>>());
+    assert_eq!(rows(&mut client, "whole/slow", |_| 100).await, (0..5).collect::<Vec<_>>());
+    let open = rows(&mut client, "open/camera", camera_bytes).await;
+    assert_eq!(open, (0..open.len() as i64).collect::<Vec<_>>());
+    assert!(open.len() >= 40, "rows that lay in chunks are gone: {}", open.len());
+    open.len()
+}
+
+/// The segment of a topic of the finalized sequence, by its readable name.
+fn segment(data: &Path, topic: &str) -> PathBuf {
+    let mut files = files_below(&data.join("browse").join(topic));
+    files.sort();
+    files.first().cloned().expect("a segment")
+}
+
+fn flip(path: &Path, at: usize) {
+    let mut bytes = std::fs::read(path).expect("readable");
+    let byte = bytes.get_mut(at).unwrap_or_else(|| panic!("{} has no byte {at}", path.display()));
+    *byte ^= 0x10;
+    // In place: the file keeps its links.
+    let mut permissions = std::fs::metadata(path).expect("there").permissions();
+    #[expect(clippy::permissions_set_readonly_false, reason = "a test's own file")]
+    permissions.set_readonly(false);
+    std::fs::set_permissions(path, permissions).expect("writable");
+    std::fs::write(path, bytes).expect("written");
+}
+
+fn verify(data: &Path) -> (Value, bool) {
+    let data = data.to_str().expect("UTF-8");
+    let (text, clean) = flightbox_may_fail(&["verify", "--json", "--listen", "127.0.0.1:1", "--data", data]);
+    let start = text.find('{').unwrap_or_else(|| panic!("no report: {text}"));
+    let mut reports = serde_json::Deserializer::from_str(&text[start..]).into_iter::<Value>();
+    (reports.next().expect("a report").expect("JSON"), clean)
+}
+
+/// Where things lie in a segment: the first row group, its padding, its trailer, the footer.
+fn places(path: &Path) -> Vec<(&'static str, usize)> {
+    let bytes = std::fs::read(path).expect("readable");
+    let trailer_end = bytes.windows(8).position(|window| window == b"FBXTRLR2").expect("a trailer") + 8;
+    let length = u32::from_le_bytes(bytes[trailer_end - 16..trailer_end - 12].try_into().expect("four")) as usize;
+    let trailer = trailer_end - 16 - length;
+    let padding = (0..trailer).rev().find(|at| bytes[*at] == 0).expect("padding");
+    vec![
+        ("head", 30),
+        ("chunk", 4096 + 5000),
+        ("padding", padding),
+        ("trailer", trailer + length / 2),
+        ("footer", bytes.len() - 300),
+    ]
+}
+
+#[test]
+fn inv_9_one_flipped_byte_in_each_part_of_a_segment_is_found_and_named_and_takes_one_chunk_at_most() {
+    run(async {
+        let folder = folder();
+        record(folder.path()).await.kill();
+        Server::start_on(folder.path(), &SETTINGS).stop();
+        let (report, clean) = verify(folder.path());
+        assert!(clean, "{report:#}");
+        assert_eq!(report["findings"], json!([]));
+        let path = segment(folder.path(), "whole/camera");
+        for (part, at) in places(&path) {
+            flip(&path, at);
+            let (report, clean) = verify(folder.path());
+            assert!(!clean, "{part}: not found");
+            let findings = report["findings"].as_array().expect("findings");
+            assert_eq!(findings.len(), 1, "{part}: {report:#}");
+            assert_eq!(findings[0]["part"], part, "{report:#}");
+            assert_eq!(findings[0]["topic"], "whole/camera");
+            let server = Server::start_on(folder.path(), &SETTINGS);
+            let mut client = server.client().await;
+            let found = rows(&mut client, "whole/camera", |_| BLOB_BYTES).await;
+            let expected: Vec<i64> = if part == "chunk" { (20..80).collect() } else { (0..80).collect() };
+            assert_eq!(found, expected, "{part}");
+            assert_eq!(rows(&mut client, "whole/slow", |_| 100).await.len(), 5);
+            let status = action(&mut client, "topic_status", json!({ "name": "whole/camera" })).await.expect("status");
+            assert_eq!(status["damaged_rows"], if part == "chunk" { 20 } else { 0 }, "{part}");
+            drop(server);
+            flip(&path, at);
+            // Whole again, and served again.
+            assert!(verify(folder.path()).1, "{part}: still damaged");
+        }
+        let server = Server::start_on(folder.path(), &SETTINGS);
+        assert_eq!(check_all(&server).await, 41);
+    });
+}
+
+#[test]
+fn a_read_that_meets_damage_fails_and_the_next_one_says_what_is_missing() {
+    run(async {
+        let folder = folder();
+        record(folder.path()).await.kill();
+        let path = segment(folder.path(), "whole/camera");
+        flip(&path, 4096 + 5000);
+        let mut server = Server::start_on(folder.path(), &SETTINGS);
+        let mut client = server.client().await;
+        let met = get(&mut client, "whole/camera").await.expect_err("damaged");
+        assert_eq!(met.code(), Code::DataLoss, "{}", met.message());
+        assert!(met.message().contains("000000.parquet"), "{}", met.message());
+        let since = Instant::now();
+        let found = loop {
+            match get(&mut client, "whole/camera").await {
+                Ok(found) => break found,
+                Err(_) => assert!(since.elapsed() < Duration::from_secs(20), "never left out"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        assert_eq!(times(&found), (20..80).collect::<Vec<_>>());
+        let schema = client.do_get(Ticket { ticket: "whole/camera".into() }).await.expect("get").into_inner();
+        let mut stream = arrow_flight::decode::FlightRecordBatchStream::new_from_flight_data(
+            futures::TryStreamExt::map_err(schema, Into::into),
+        );
+        stream.next().await.expect("a batch").expect("a batch");
+        let told = stream.schema().expect("a schema").metadata()["flightbox:data_loss"].clone();
+        let told: Value = serde_json::from_str(&told).expect("JSON");
+        assert_eq!((told[0]["first_row"].as_u64(), told[0]["end_row"].as_u64()), (Some(0), Some(20)), "{told}");
+        server.stop();
+
+        let server = Server::start_on(folder.path(), &["on_damage=fail"]);
+        let mut client = server.client().await;
+        let refused = get(&mut client, "whole/camera").await.expect_err("refused");
+        assert_eq!(refused.code(), Code::DataLoss, "{}", refused.message());
+    });
+}
+
+#[test]
+fn inv_9_a_deleted_catalog_comes_back_from_the_files_with_metadata_and_index() {
+    run(async {
+        let folder = folder();
+        let mut server = record(folder.path()).await;
+        server.kill();
+        let mut server = Server::start_on(folder.path(), &SETTINGS);
+        let mut client = server.client().await;
+        let before = describe(&mut client).await;
+        drop(client);
+        server.stop();
+        std::fs::remove_dir_all(folder.path().join("catalog")).expect("removed");
+        let data = folder.path().to_str().expect("UTF-8");
+        let receipt = flightbox(&["recover", "--json", "--data", data]);
+        let start = receipt.find("{\n").expect("a receipt");
+        let mut receipts = serde_json::Deserializer::from_str(&receipt[start..]).into_iter::<Value>();
+        let receipt = receipts.next().expect("one").expect("JSON");
+        assert_eq!(receipt["rebuilt"]["sequences"], 2, "{receipt:#}");
+        assert_eq!(receipt["rebuilt"]["topics"], 3);
+        let missing = receipt["rebuilt"]["missing"].to_string();
+        assert!(missing.contains("tails of open topics"), "{missing}");
+        let indexed = flightbox(&["reindex", "--check", "--data", data]);
+        assert!(indexed.contains("0 different"), "{indexed}");
+        let mut server = Server::start_on(folder.path(), &SETTINGS);
+        assert_eq!(check_all(&server).await, 40, "only the tail's row is gone");
+        let mut client = server.client().await;
+        assert_eq!(describe(&mut client).await, before);
+        // The open one can be resumed, and finalized.
+        let status = action(&mut client, "topic_status", json!({ "name": "open/camera" })).await.expect("status");
+        assert_eq!((status["batches"].as_u64(), status["locked"].as_bool()), (Some(4), Some(false)), "{status}");
+        drop(client);
+        server.stop();
+        assert!(verify(folder.path()).1);
+    });
+}
+
+/// What clients see of the finalized sequence.
+async fn describe(client: &mut Client) -> Vec<Value> {
+    let mut seen = Vec::new();
+    for locator in ["whole", "whole/camera", "whole/slow"] {
+        let descriptor = FlightDescriptor::new_cmd(json!({ "resource_locator": locator }).to_string());
+        let info = client.get_flight_info(descriptor).await.expect("info").into_inner();
+        seen.push(serde_json::from_slice(&info.app_metadata).unwrap_or(Value::Null));
+        for endpoint in info.endpoint {
+            seen.push(serde_json::from_slice(&endpoint.app_metadata).unwrap_or(Value::Null));
+        }
+    }
+    for locator in ["whole/camera", "whole/slow"] {
+        let mut status = action(client, "topic_status", json!({ "name": locator })).await.expect("status");
+        status["uploading"] = Value::Null;
+        seen.push(status);
+        seen.push(action(client, "topic_notify_list", json!({ "name": locator })).await.expect("notes"));
+    }
+    seen
+}
+
+#[test]
+fn inv_9_one_flipped_byte_anywhere_in_the_catalog_never_stops_the_start_and_loses_no_chunk() {
+    run(async {
+        let folder = folder();
+        record(folder.path()).await.kill();
+        // A second start flushes the log into tables; the kill leaves a log as well.
+        let mut server = Server::start_on(folder.path(), &SETTINGS);
+        server.kill();
+        let whole = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        copy(folder.path(), whole.path());
+        let mut kinds = std::collections::BTreeMap::new();
+        for file in files_below(&whole.path().join("catalog")) {
+            let name = file.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+            let length = std::fs::metadata(&file).expect("there").len() as usize;
+            let kind = name.rsplit('.').next().unwrap_or("").trim_end_matches(|c: char| c.is_ascii_digit() || c == '-');
+            // Tables of several families are told apart; of other kinds the newest file counts.
+            if length > 0 && !name.starts_with("LOG") && name != "LOCK" {
+                let kind = if kind == "sst" { name.clone() } else { kind.to_owned() };
+                kinds.insert(kind, (name, length));
+            }
+        }
+        assert!(kinds.len() >= 6, "{kinds:?}");
+        for (name, length) in kinds.into_values() {
+            for at in [length / 3, length / 2, length - 1] {
+                let damaged = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+                copy(whole.path(), damaged.path());
+                flip(&damaged.path().join("catalog").join(&name), at);
+                let server = Server::start_on(damaged.path(), &SETTINGS);
+                check_all(&server).await;
+            }
+        }
+    });
+}
+
+fn copy(from: &Path, to: &Path) {
+    for file in files_below(from) {
+        let target = to.join(file.strip_prefix(from).expect("below"));
+        std::fs::create_dir_all(target.parent().expect("a parent")).expect("made");
+        std::fs::copy(&file, &target).expect("copied");
+    }
+}
+
+#[test]
+fn inv_9_a_table_that_rotted_while_recording_goes_on_costs_nothing_that_is_finalized() {
+    run(async {
+        let folder = folder();
+        record(folder.path()).await.kill();
+        // Each start turns the log into tables: enough of them are merged in the background.
+        for round in 0..3 {
+            let mut server = Server::start_on(folder.path(), &SETTINGS);
+            let mut client = server.client().await;
+            create_sequence(&mut client, &format!("more{round}")).await;
+            drop(client);
+            server.kill();
+        }
+        for table in files_below(&folder.path().join("catalog")) {
+            if table.extension().is_some_and(|extension| extension == "sst") {
+                flip(&table, std::fs::metadata(&table).expect("there").len() as usize / 4);
+            }
+        }
+        let server = Server::start_on(folder.path(), &SETTINGS);
+        // Record until the damage was met, or for a while; the recorder may start itself again meanwhile.
+        let since = Instant::now();
+        let mut round = 0;
+        while since.elapsed() < Duration::from_secs(3) {
+            round += 1;
+            let name = format!("during{round}");
+            let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", server.address)).expect("one");
+            let Ok(channel) = endpoint.connect().await else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            let mut client = Client::new(channel);
+            let made = action(&mut client, "sequence_create", json!({ "name": name, "user_metadata": {} })).await;
+            if made.is_err() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        check_all(&server).await;
+    });
+}
