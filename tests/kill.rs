@@ -7,12 +7,13 @@ use crate::harness::{
 use arrow::array::AsArray;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tonic::Code;
 
-const ROUNDS: u64 = 20;
+const ROUNDS: u64 = 100;
 const STREAMS: usize = 4;
 
 /// Rows per batch and bytes per row of each stream: chunks, and rows that stay in the tail.
@@ -20,24 +21,106 @@ const SHAPES: [(usize, usize, &str); STREAMS] =
     [(4, 100_000, "image"), (10, 20_000, "image"), (100, 1000, "default"), (1, 50, "default")];
 
 #[test]
-fn inv_1_and_2_after_kill_9_the_rows_are_a_prefix_not_shorter_than_the_last_watermark() {
+fn inv_1_and_2_and_5_hold_through_100_sigkills_under_mixed_load() {
     run(async {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let mut all = Vec::new();
         for round in 0..ROUNDS {
             let mut server = Server::start_on(folder.path(), &["chunk_bytes=1MiB", "commit_interval=10ms"]);
             let sequence = format!("round{round}");
-            let marks = upload_until_killed(&mut server, &sequence, Duration::from_millis(30 + round * 37 % 400)).await;
+            let ledger = Ledger::default();
+            let after = Duration::from_millis(20 + round * 37 % 250);
+            let marks = upload_until_killed(&mut server, &sequence, after, &ledger).await;
             let mut server = Server::start_on(folder.path(), &[]);
             for (index, mark) in marks.iter().enumerate() {
                 check_prefix(&server, &format!("{sequence}/s{index}"), SHAPES[index], *mark).await;
             }
-            server.stop();
+            check_ledger(&server, &ledger).await;
+            all.extend(ledger.lock().expect("not poisoned").drain(..));
+            if round % 10 == 0 {
+                server.kill();
+                let before = listing(folder.path());
+                let mut again = Server::start_on(folder.path(), &[]);
+                assert!(before == listing(folder.path()), "round {round}: a second recovery changed a file");
+                again.stop();
+            } else {
+                server.stop();
+            }
         }
+        // Everything that was told in any round is so at the end.
+        let server = Server::start_on(folder.path(), &[]);
+        let (finalized, aborted) = all.iter().fold((0, 0), |sum, told| match told {
+            Told::Finalized(_) => (sum.0 + 1, sum.1),
+            Told::Aborted(_) => (sum.0, sum.1 + 1),
+        });
+        check_ledger(&server, &Arc::new(Mutex::new(all))).await;
+        println!("{ROUNDS} SIGKILLs; {finalized} finalized and {aborted} aborted sequences as they were told");
+        assert!(finalized > 0);
+        assert!(aborted > 0);
     });
 }
 
+/// What clients were told of whole sequences.
+#[derive(Debug, Clone)]
+enum Told {
+    Finalized(String),
+    Aborted(String),
+}
+
+type Ledger = Arc<Mutex<Vec<Told>>>;
+
+const FINITE_ROWS: usize = 30;
+
+/// Creates, uploads, finalizes or aborts, and asks, until the server is gone.
+async fn mixed_load(mut client: crate::harness::Client, prefix: String, ledger: Ledger) {
+    for number in 0.. {
+        let name = format!("{prefix}-{number}");
+        let create = json!({ "name": name, "user_metadata": {} });
+        let Ok(key) = action(&mut client, "sequence_create", create).await else { return };
+        let topic = json!({
+            "sequence_key": key["key"], "name": format!("{name}/t"), "serialization_format": "default",
+            "ontology_tag": "test", "user_metadata": {},
+        });
+        let Ok(topic) = action(&mut client, "topic_create", topic).await else { return };
+        let topic = topic["key"].as_str().expect("a key").to_owned();
+        let batches = vec![blob_batch(0, 10, 500), blob_batch(10, 20, 500)];
+        if put(&mut client, &format!("{name}/t"), &topic, batches).await.is_err() {
+            return;
+        }
+        let body = json!({ "name": name, "key": key["key"] });
+        let told = if number % 3 == 2 {
+            action(&mut client, "sequence_abort", body).await.map(|_| Told::Aborted(name.clone()))
+        } else {
+            action(&mut client, "sequence_finalize", body).await.map(|_| Told::Finalized(name.clone()))
+        };
+        let Ok(told) = told else { return };
+        ledger.lock().expect("not poisoned").push(told);
+        let question = json!({ "ontology": { "test.timestamp_ns": { "$gt": 3 } } });
+        if action(&mut client, "query", question).await.is_err_and(|status| status.code() == Code::Unavailable) {
+            return;
+        }
+    }
+}
+
+async fn check_ledger(server: &Server, ledger: &Ledger) {
+    let mut client = server.client().await;
+    let told = ledger.lock().expect("not poisoned").clone();
+    for told in told {
+        match told {
+            Told::Finalized(name) => {
+                let found = get(&mut client, format!("{name}/t")).await.expect("INV-1: finalized, and gone");
+                assert_eq!(times(&found), (0..FINITE_ROWS as i64).collect::<Vec<_>>(), "{name}");
+            }
+            Told::Aborted(name) => {
+                check_refused(get(&mut client, format!("{name}/t")).await, Code::NotFound, &[&name]);
+            }
+        }
+    }
+}
+
 /// Four endless uploads, killed after a while; returns the last watermark that each client saw.
-async fn upload_until_killed(server: &mut Server, sequence: &str, after: Duration) -> Vec<u64> {
+async fn upload_until_killed(server: &mut Server, sequence: &str, after: Duration, ledger: &Ledger) -> Vec<u64> {
+    let load = tokio::spawn(mixed_load(server.client().await, format!("{sequence}-mixed"), Arc::clone(ledger)));
     let mut client = server.client().await;
     let key = create_sequence(&mut client, sequence).await;
     let marks: Vec<Arc<AtomicU64>> = (0..STREAMS).map(|_| Arc::default()).collect();
@@ -62,6 +145,7 @@ async fn upload_until_killed(server: &mut Server, sequence: &str, after: Duratio
     for upload in uploads {
         upload.await.expect("an upload's task");
     }
+    load.await.expect("the mixed load's task");
     marks.iter().map(|mark| mark.load(Ordering::Relaxed)).collect()
 }
 
@@ -111,23 +195,25 @@ fn an_interrupted_topic_is_kept_readable_and_abortable_and_not_written_over() {
     });
 }
 
+/// Every file of the recordings with its bytes.
+fn listing(data: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files: Vec<_> = crate::harness::files_below(&data.join("sequences"))
+        .into_iter()
+        .map(|file| (file.clone(), std::fs::read(file).expect("a file")))
+        .collect();
+    files.sort();
+    files
+}
+
 #[test]
 fn inv_5_a_second_recovery_finds_nothing_to_do() {
     run(async {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let mut server = Server::start_on(folder.path(), &["chunk_bytes=1MiB"]);
-        upload_until_killed(&mut server, "seq", Duration::from_millis(300)).await;
+        upload_until_killed(&mut server, "seq", Duration::from_millis(300), &Ledger::default()).await;
         std::fs::create_dir_all(folder.path().join("sequences/nobody")).expect("an orphan");
         let mut first = Server::start_on(folder.path(), &[]);
         first.kill();
-        let listing = |dir: &std::path::Path| {
-            let mut files: Vec<_> = crate::harness::files_below(&dir.join("sequences"))
-                .into_iter()
-                .map(|file| (file.clone(), std::fs::read(file).expect("a file")))
-                .collect();
-            files.sort();
-            files
-        };
         let after_first = listing(folder.path());
         assert!(!folder.path().join("sequences/nobody").is_dir());
         let mut second = Server::start_on(folder.path(), &[]);
