@@ -2,11 +2,12 @@
 //!
 //! `image`: DoPut of 8 MiB blobs, and `imu`: of IMU rows, 20,000 a batch, also without the index; closed loop, against a null sink (the same front, which decodes and
 //! drops) and the raw disk (aligned direct writes through the same ring). `query`: questions over catalogs of
-//! up to 1,000,000 chunks. Leaves a dated folder under
+//! up to 1,000,000 chunks. `powercut`: cuts the power on a real file system, many times. Leaves a dated folder under
 //! `bench/runs/` with machine facts, raw CSV and a summary; PERF.md quotes only these.
 
 mod disk;
 mod load;
+mod powercut;
 mod profile;
 mod report;
 mod scale;
@@ -23,7 +24,7 @@ struct Arguments {
     /// The flightbox program.
     #[arg(long)]
     server: PathBuf,
-    /// Profile to run: image, imu or query.
+    /// Profile to run: image, imu, query or powercut.
     #[arg(default_value = "image")]
     profile: String,
     /// Bytes sent in each pass, in MiB.
@@ -35,6 +36,18 @@ struct Arguments {
     /// Passes over all contestants; the medians count.
     #[arg(long, default_value_t = 3)]
     passes: usize,
+    /// Power cuts to replay.
+    #[arg(long, default_value_t = 200)]
+    cuts: u64,
+    /// File system that the power is cut on.
+    #[arg(long, default_value = "ext4")]
+    fs: powercut::FileSystem,
+    /// Seed of the cuts.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Keep no results.
+    #[arg(long)]
+    no_results: bool,
     /// Folder for data while measuring; default: beside the build.
     #[arg(long)]
     scratch: Option<PathBuf>,
@@ -44,7 +57,12 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.split_first() {
+        Some((command, rest)) if command == powercut::DISK_COMMAND => powercut::serve_disk(rest),
+        _ => run(&Arguments::parse()),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("flightbox-bench: {error}");
@@ -72,7 +90,16 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
             let sizes = [10_000, 100_000, 1_000_000];
             return scale::run(&arguments.server, &scratch, &arguments.out, &sizes);
         }
-        other => return Err(format!("there is no profile {other:?}; known: image, imu, query").into()),
+        "powercut" => {
+            return powercut::run(&powercut::Plan {
+                program: arguments.server.clone(),
+                file_system: arguments.fs,
+                cuts: arguments.cuts,
+                seed: arguments.seed,
+                out: (!arguments.no_results).then(|| arguments.out.clone()),
+            });
+        }
+        other => return Err(format!("there is no profile {other:?}; known: image, imu, query, powercut").into()),
     };
     let mut report = report::Report::new(&arguments.profile, arguments.mib, arguments.streams);
     for pass in 0..arguments.passes {
