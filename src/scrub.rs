@@ -182,5 +182,8 @@ async fn pass(shared: &Shared, checker: &Checker, rate: u64) {
             tokio::time::sleep_until(started + due).await;
         }
     }
+    if chunks == 0 {
+        return;
+    }
     tracing::info!(chunks, findings, "scrub: everything that is finalized was read and checked");
 }

@@ -314,6 +314,65 @@ fn inv_12_a_cancelled_stream_and_a_cut_connection_leave_the_topic_unlocked_with_
     });
 }
 
+/// Ten thousand fields, and a thousand levels: neither costs the server more than the message.
+#[test]
+fn absurd_schemas_are_refused_naming_the_limit() {
+    run(async {
+        let (_server, mut client, key) = open().await;
+        let topic = create_topic(&mut client, &key, "s/t", "default").await;
+        let time = Field::new("timestamp_ns", DataType::Int64, false);
+        let wide = (0..10_000).map(|number| Field::new(format!("f{number}"), DataType::Int8, true));
+        let wide = Schema::new(std::iter::once(time.clone()).chain(wide).collect::<Vec<_>>());
+        let nest = |levels: usize| {
+            (0..levels)
+                .fold(DataType::Int8, |inner, _| DataType::Struct(Fields::from(vec![Field::new("x", inner, true)])))
+        };
+        let deep = |levels| Schema::new(vec![time.clone(), Field::new("deep", nest(levels), true)]);
+        for (schema, names) in [(wide, "4096 leaf columns"), (deep(100), "depth limit"), (deep(1000), "depth limit")] {
+            let sent: Vec<FlightData> =
+                encode(put_descriptor("s/t", &topic), Arc::new(schema), stream::empty()).collect().await;
+            check_refused(put_messages(&mut client, sent).await, Code::InvalidArgument, &[names]);
+        }
+        check_still_good(&mut client, "s/t", &topic).await;
+    });
+}
+
+/// A stream that sends a part of a message and then nothing holds memory: it loses it, and its stream.
+#[test]
+fn a_message_that_makes_no_progress_loses_its_stream_and_leaves_its_prefix() {
+    run(async {
+        let server = Server::start(&["upload_stall=1s"]);
+        let mut client = server.client().await;
+        let key = create_sequence(&mut client, "s").await;
+        let topic = create_topic(&mut client, &key, "s/slow", "default").await;
+        let sent = messages(put_descriptor("s/slow", &topic)).await;
+        let address = server.address;
+        let socket = tokio::net::TcpStream::connect(address).await.expect("connect");
+        let (mut sender, connection) = h2::client::handshake(socket).await.expect("handshake");
+        let connection = tokio::spawn(connection);
+        let request = http::Request::post(format!("http://{address}/arrow.flight.protocol.FlightService/DoPut"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(())
+            .expect("a request");
+        let (response, mut stream) = sender.send_request(request, false).expect("sent");
+        stream.send_data(frame(&sent[0]).into(), false).expect("schema");
+        stream.send_data(frame(&sent[1]).into(), false).expect("a batch");
+        let mut body = response.await.expect("headers").into_body();
+        body.data().await.expect("a watermark").expect("data");
+        let next = frame(&sent[2]);
+        stream.send_data(next[..next.len() / 2].to_vec().into(), false).expect("half a message");
+        let told = tokio::time::timeout(std::time::Duration::from_secs(20), body.trailers()).await.expect("an end");
+        let told = told.expect("trailers").expect("trailers");
+        let text = told["grpc-message"].to_str().expect("text");
+        assert!(text.contains("upload_stall"), "{text}");
+        assert_eq!(wait_for_rows(&mut client, "s/slow").await, (0..10).collect::<Vec<_>>());
+        let held = crate::harness::info(&mut client).await["memory"]["held"].as_u64().expect("bytes");
+        assert_eq!(held, 0, "the message's memory is still held");
+        connection.abort();
+    });
+}
+
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Cut {
     BetweenMessages,

@@ -554,6 +554,22 @@ fn datetime(ns: i64) -> String {
     format!("{} UTC", crate::when::show(ns))
 }
 
+/// Reads every field of a body as any action would; for fuzzing.
+#[cfg(any(test, feature = "hostile"))]
+pub(super) fn read_all(action: &str, bytes: &[u8]) -> Result<(), Status> {
+    let body = Body::parse(action, bytes)?;
+    hint(action, &body);
+    let read = [
+        body.name_or_locator().and_then(|(key, text)| Locator::topic(key, text).map_err(Into::into)).map(|_| ()),
+        body.name_or_locator().and_then(|(key, text)| Locator::sequence(key, text).map_err(Into::into)).map(|_| ()),
+        body.user_metadata().map(|_| ()),
+        body.flag("accept_partial").map(|_| ()),
+        body.text("ontology_tag").and_then(|tag| check_tag("ontology_tag", tag).map_err(Into::into)),
+        body.text("session_uuid").and_then(|text| parse_uuid("session_uuid", text).map_err(Into::into)).map(|_| ()),
+    ];
+    read.into_iter().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

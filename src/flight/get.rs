@@ -34,7 +34,7 @@ impl Ticket {
             .into()
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self, Status> {
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, Status> {
         let json: serde_json::Value = serde_json::from_slice(bytes)
             .map_err(|_| invalid("the ticket is none of this server's; ask GetFlightInfo for one"))?;
         let topic = json.get("topic").and_then(|topic| topic.as_str()).unwrap_or("");

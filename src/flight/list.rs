@@ -38,13 +38,13 @@ pub(crate) fn list_flights(shared: &Shared, criteria: &[u8]) -> Result<Vec<Fligh
 }
 
 /// What a GetFlightInfo or GetSchema asks for.
-struct Request {
+pub(super) struct Request {
     locator: Locator,
     window: Window,
     v0: bool,
 }
 
-fn request(connection: &Connection, descriptor: &FlightDescriptor) -> Result<Request, Status> {
+pub(super) fn request(connection: &Connection, descriptor: &FlightDescriptor) -> Result<Request, Status> {
     match descriptor.r#type() {
         DescriptorType::Path => {
             connection.note(Hint::V0);

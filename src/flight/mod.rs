@@ -9,6 +9,8 @@ pub(crate) mod client;
 pub(crate) mod decode;
 pub(crate) mod dialect;
 pub(crate) mod get;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 pub(crate) mod list;
 pub(crate) mod put;
 mod questions;

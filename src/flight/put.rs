@@ -162,47 +162,11 @@ impl Ingest {
         let descriptor = descriptor.ok_or_else(|| {
             invalid("DoPut without a descriptor; send a CMD descriptor with resource_locator and topic_uuid")
         })?;
-        let (locator, key, resume_from) = self.target(&descriptor)?;
+        let (locator, key, resume_from) = target(&descriptor, &self.connection)?;
         let wire = decode::schema(&first.data_header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
         self.monitor.set_overhead(crate::limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
         Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), resume_from).await?)
-    }
-
-    /// The topic, its key, and the number of the first batch if the upload goes on with an earlier one.
-    fn target(&self, descriptor: &arrow_flight::FlightDescriptor) -> Result<(String, TopicId, Option<u64>), Status> {
-        use arrow_flight::flight_descriptor::DescriptorType;
-        if descriptor.r#type() != DescriptorType::Cmd {
-            return Err(invalid("DoPut takes a CMD descriptor {\"resource_locator\", \"topic_uuid\"}, not a PATH"));
-        }
-        let command: serde_json::Value = serde_json::from_slice(&descriptor.cmd)
-            .map_err(|error| invalid(format!("the DoPut descriptor is not JSON: {error}")))?;
-        let text = |value: Option<&serde_json::Value>, key: &str| match value {
-            Some(serde_json::Value::String(text)) => Ok(text.clone()),
-            Some(other) => Err(invalid(format!("`{key}` in the DoPut descriptor is {other}, not a text"))),
-            None => Err(invalid(format!("the DoPut descriptor has no `{key}`"))),
-        };
-        let (locator, key) = match command.get("topic") {
-            Some(topic) => {
-                self.connection.note(Hint::V0);
-                (text(topic.get("name"), "topic.name")?, text(topic.get("key"), "topic.key")?)
-            }
-            None => {
-                self.connection.note(Hint::Session);
-                (
-                    text(command.get("resource_locator"), "resource_locator")?,
-                    text(command.get("topic_uuid"), "topic_uuid")?,
-                )
-            }
-        };
-        let resume_from = match command.get("resume_from") {
-            None | Some(serde_json::Value::Null) => None,
-            Some(value) => Some(value.as_u64().ok_or_else(|| {
-                invalid(format!("`resume_from` in the DoPut descriptor is {value}, not the number of a batch"))
-            })?),
-        };
-        let locator = Locator::topic("resource_locator", &locator)?;
-        Ok((locator, TopicId(parse_uuid("topic_uuid", &key)?), resume_from))
     }
 
     /// Takes batches until the stream ends or something fails.
@@ -267,6 +231,42 @@ impl Ingest {
     }
 }
 
+/// The topic, its key, and the number of the first batch if the upload goes on with an earlier one.
+pub(super) fn target(
+    descriptor: &arrow_flight::FlightDescriptor,
+    connection: &Connection,
+) -> Result<(String, TopicId, Option<u64>), Status> {
+    use arrow_flight::flight_descriptor::DescriptorType;
+    if descriptor.r#type() != DescriptorType::Cmd {
+        return Err(invalid("DoPut takes a CMD descriptor {\"resource_locator\", \"topic_uuid\"}, not a PATH"));
+    }
+    let command: serde_json::Value = serde_json::from_slice(&descriptor.cmd)
+        .map_err(|error| invalid(format!("the DoPut descriptor is not JSON: {error}")))?;
+    let text = |value: Option<&serde_json::Value>, key: &str| match value {
+        Some(serde_json::Value::String(text)) => Ok(text.clone()),
+        Some(other) => Err(invalid(format!("`{key}` in the DoPut descriptor is {other}, not a text"))),
+        None => Err(invalid(format!("the DoPut descriptor has no `{key}`"))),
+    };
+    let (locator, key) = match command.get("topic") {
+        Some(topic) => {
+            connection.note(Hint::V0);
+            (text(topic.get("name"), "topic.name")?, text(topic.get("key"), "topic.key")?)
+        }
+        None => {
+            connection.note(Hint::Session);
+            (text(command.get("resource_locator"), "resource_locator")?, text(command.get("topic_uuid"), "topic_uuid")?)
+        }
+    };
+    let resume_from = match command.get("resume_from") {
+        None | Some(serde_json::Value::Null) => None,
+        Some(value) => Some(value.as_u64().ok_or_else(|| {
+            invalid(format!("`resume_from` in the DoPut descriptor is {value}, not the number of a batch"))
+        })?),
+    };
+    let locator = Locator::topic("resource_locator", &locator)?;
+    Ok((locator, TopicId(parse_uuid("topic_uuid", &key)?), resume_from))
+}
+
 fn disk_is_full(what: &str) -> Status {
     Status::resource_exhausted(format!("the recorder's disk is full: {what}; delete or move recordings"))
 }
@@ -284,7 +284,7 @@ async fn failure(watermark: &mut watch::Receiver<Watermark>) -> Status {
 }
 
 /// Finds out what the writer and the index need to know of a batch.
-fn check_batch(
+pub(super) fn check_batch(
     schema: &TopicSchema,
     rows: &RecordBatch,
     permit: Permit,

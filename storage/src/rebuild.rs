@@ -19,8 +19,7 @@ use crate::found::{self, Found, segment_no};
 use crate::ids::{SequenceId, TopicId, TopicNo};
 use crate::manifest::{self, LockedTopic, Manifest};
 use crate::read::read_range;
-use crate::segment::{self, TopicFacts};
-use bytes::Bytes;
+use crate::segment::{self, TopicFacts, footer_is_whole};
 use parquet::file::metadata::ParquetMetaDataReader;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -233,7 +232,9 @@ async fn completed_at<D: Disk>(disk: &D, path: &Path, segments: &[SegmentRecord]
     let at = segments.iter().find(|segment| segment.no == last)?.end_offset;
     let length = disk.length(path).await.ok()?;
     let footer = read_range(disk, path, at, length.checked_sub(at)?).await.ok()?;
-    let footer: Bytes = footer;
+    if footer_is_whole(&footer) != Some(true) {
+        return None;
+    }
     let metadata = ParquetMetaDataReader::new().parse_and_finish(&footer).ok()?;
     let pairs = metadata.file_metadata().key_value_metadata()?;
     pairs.iter().find(|pair| pair.key == segment::COMPLETED_KEY)?.value.as_ref()?.parse().ok()

@@ -276,6 +276,11 @@ pub const COMPLETED_KEY: &str = "flightbox:completed_at_ns";
 const FOOTER_CRC_KEY: &str = "flightbox:footer_crc32c";
 const FOOTER_CRC_BLANK: &str = "00000000";
 
+/// The checksum of heads, trailers, footers and manifests: CRC32C.
+pub fn checksum(bytes: &[u8]) -> u32 {
+    crc32c::crc32c(bytes)
+}
+
 /// The Parquet footer over these chunks, with length and magic.
 ///
 /// # Errors

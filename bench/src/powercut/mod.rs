@@ -96,6 +96,7 @@ pub(crate) fn run(plan: &Plan) -> Result<(), Box<dyn Error>> {
         }
     }
     done.seconds = since.elapsed().as_secs_f64();
+    drop(replayer); // Its file lies on the scratch disk, which is unmounted below.
     let summary = done.summary(plan, &events, ledger.len())?;
     eprintln!("{summary}");
     if let Some(out) = &plan.out {
