@@ -680,6 +680,74 @@ async fn put_one_by_one(life: &Life, topic: &mut TopicLedger, count: u64) {
     life.lifecycle.end_upload(opened.topic.no, End::Leave).await.expect("left");
 }
 
+/// A disk that puts writes beside their place and rots at rest: what is read is right or said to be damaged,
+/// chunk by chunk, and the recorder starts.
+#[test]
+fn inv_9_on_a_disk_that_rots_every_chunk_is_right_or_said_to_be_damaged() {
+    let (mut right, mut damaged) = (0, 0);
+    for seed in 0..60 {
+        let store = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir_all(store.path().join("data/sequences")).expect("a folder");
+        let mut random = Random::new(seed);
+        let disk = SimDisk::new(random.bits(), u64::MAX, Faults::default());
+        let ledger = Ledger::default();
+        on_one_thread(async {
+            let dirs = store.path().join("data/sequences");
+            storage::disk::make_dirs(&disk, Path::new("/"), &dirs).await.expect("folders");
+            let life = begin(&disk, store.path(), CALM);
+            let misdirected = if seed % 2 == 0 { 15 } else { 0 };
+            disk.arm(u64::MAX / 2, Faults { misdirected, ..Faults::default() });
+            clients(life, Rc::clone(&ledger), random.bits()).await;
+        });
+        let disk = disk.after_crash(u64::MAX, Faults::default());
+        for (path, bytes) in disk.contents() {
+            if random.below(2) == 0 && !bytes.is_empty() {
+                disk.rot(&path, random.below(bytes.len() as u64) as usize, random.below(8) as u8);
+            }
+        }
+        on_one_thread(async {
+            let life = begin(&disk, store.path(), CALM);
+            let (catalog, committer) = (&life.lifecycle.catalog, &life.lifecycle.committer);
+            let done = recover_all(&life.config, catalog, committer, &life.steward, Receipt::default()).await;
+            done.expect("INV-9: the recorder starts");
+            let topics: Vec<TopicLedger> =
+                ledger.borrow().iter().flat_map(|sequence| sequence.topics.clone()).collect();
+            for topic in &topics {
+                let Some(record) = catalog.topic_by_locator(&topic.locator).expect("readable") else { continue };
+                let view = TopicView::load(&catalog.pin().expect("open").view(), &life.lifecycle.data_dir, record);
+                let Some(view) = view.expect("readable") else { continue };
+                for place in view.places() {
+                    match life.lifecycle.loader.load(&view, place).await {
+                        Ok(rows) => {
+                            check_rows(topic, &rows);
+                            right += 1;
+                        }
+                        Err(error) => {
+                            assert!(error.is_damage(), "{}: {error}", topic.locator);
+                            damaged += 1;
+                        }
+                    }
+                }
+            }
+        });
+    }
+    assert!(right > 100, "{right} right");
+    assert!(damaged > 5, "{damaged} damaged");
+}
+
+fn check_rows(topic: &TopicLedger, rows: &RecordBatch) {
+    let times = rows.column(0).as_primitive::<Int64Type>();
+    let values = rows.column(1).as_primitive::<Int64Type>();
+    let blobs = rows.column(2).as_binary::<i32>();
+    for row in 0..rows.num_rows() {
+        let time = times.value(row);
+        assert_eq!(values.value(row), value(time), "INV-9: {}, row {time}", topic.locator);
+        let whole =
+            blobs.value(row).len() == topic.blob_bytes && blobs.value(row).iter().all(|byte| *byte == time as u8);
+        assert!(whole, "INV-9: {}, row {time}", topic.locator);
+    }
+}
+
 /// The checks can fail: a planted bug is noticed within 1,000 crashes, by a promise.
 #[track_caller]
 fn check_noticed(planted: Planted) {

@@ -2,7 +2,7 @@
 //!
 //! `image`: DoPut of 8 MiB blobs, and `imu`: of IMU rows, 20,000 a batch, also without the index; closed loop, against a null sink (the same front, which decodes and
 //! drops) and the raw disk (aligned direct writes through the same ring). `query`: questions over catalogs of
-//! up to 1,000,000 chunks. `powercut`: cuts the power on a real file system, many times. Leaves a dated folder under
+//! up to 1,000,000 chunks. `startup`: starts after a crash over such catalogs. `powercut`: cuts the power on a real file system, many times. Leaves a dated folder under
 //! `bench/runs/` with machine facts, raw CSV and a summary; PERF.md quotes only these.
 
 mod disk;
@@ -11,6 +11,7 @@ mod powercut;
 mod profile;
 mod report;
 mod scale;
+mod startup;
 
 use clap::Parser;
 use profile::Profile;
@@ -24,7 +25,7 @@ struct Arguments {
     /// The flightbox program.
     #[arg(long)]
     server: PathBuf,
-    /// Profile to run: image, imu, query or powercut.
+    /// Profile to run: image, imu, query, startup or powercut.
     #[arg(default_value = "image")]
     profile: String,
     /// Bytes sent in each pass, in MiB.
@@ -90,6 +91,9 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
             let sizes = [10_000, 100_000, 1_000_000];
             return scale::run(&arguments.server, &scratch, &arguments.out, &sizes);
         }
+        "startup" => {
+            return startup::run(&arguments.server, &scratch, &arguments.out, &[1000, 100_000, 1_000_000]);
+        }
         "powercut" => {
             return powercut::run(&powercut::Plan {
                 program: arguments.server.clone(),
@@ -99,7 +103,9 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
                 out: (!arguments.no_results).then(|| arguments.out.clone()),
             });
         }
-        other => return Err(format!("there is no profile {other:?}; known: image, imu, query, powercut").into()),
+        other => {
+            return Err(format!("there is no profile {other:?}; known: image, imu, query, startup, powercut").into());
+        }
     };
     let mut report = report::Report::new(&arguments.profile, arguments.mib, arguments.streams);
     for pass in 0..arguments.passes {

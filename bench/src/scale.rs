@@ -101,7 +101,8 @@ fn range(topic: u64, chunk: u64) -> (f64, f64) {
     (low, low + 9.0)
 }
 
-fn generate(data: &Path, chunks: u64) -> Result<(), Box<dyn Error>> {
+/// A catalog of finalized recordings with so many chunks, and no file.
+pub(crate) fn generate(data: &Path, chunks: u64) -> Result<(), Box<dyn Error>> {
     std::fs::create_dir_all(data.join("catalog"))?;
     let catalog = Catalog::open(&data.join("catalog"), true)?;
     let schema = schema();
@@ -124,7 +125,11 @@ fn generate(data: &Path, chunks: u64) -> Result<(), Box<dyn Error>> {
         }
         let (sequence, session, name) = owner.clone().ok_or("no sequence")?;
         let ontology = &ontologies[(topic % 2) as usize];
-        group.change(|txn| one_topic(txn, topic, (sequence, session, &name), ontology, &schema))?;
+        group.change(|txn| {
+            // Finalized and at rest: a start has nothing to look at.
+            txn.delete(Family::Meta, keys::unsettled(sequence));
+            one_topic(txn, topic, (sequence, session, &name), ontology, &schema)
+        })?;
         group.commit()?;
     }
     Ok(())
@@ -147,7 +152,7 @@ fn sequence(txn: &mut Txn<'_>, index: u64) -> Stored<(SequenceId, SessionId, Str
         locator: format!("{name}:1"),
         sequence: id,
         created_at_ns: 0,
-        completed_at_ns: None,
+        completed_at_ns: Some(1),
     })?;
     Ok((id, session, name))
 }
