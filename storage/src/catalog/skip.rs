@@ -329,7 +329,7 @@ impl Txn<'_> {
     /// When the catalog cannot be read.
     pub fn replace_index(
         &mut self,
-        record: &super::TopicRecord,
+        record: &super::records::TopicRecord,
         ontology: &Ontology,
         records: &[SkipRecord],
     ) -> Result<()> {
@@ -347,7 +347,7 @@ impl Txn<'_> {
     }
 
     /// Removes a topic's blocks.
-    pub(super) fn delete_blocks(&mut self, record: &super::TopicRecord) -> Result<()> {
+    pub(super) fn delete_blocks(&mut self, record: &super::records::TopicRecord) -> Result<()> {
         let marks = self.skip_blocks(record.no)?;
         if marks.is_empty() {
             return Ok(());
