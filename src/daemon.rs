@@ -16,6 +16,7 @@ use crate::ingest::steward::{self, StewardHandle};
 use crate::ingest::writer::{self, Message, PreallocBudget, WriterHandles};
 use crate::lifecycle::{Lifecycle, LifecycleError};
 use crate::ontology::{Registry, RegistryError};
+use crate::rings::{DiskBody, on_disk};
 use crate::stats::{Station, Stats};
 use crate::{folder, host, housekeeping, limits, recovery, systemd};
 use std::io;
@@ -24,11 +25,11 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use storage::catalog::Catalog;
-use storage::disk::{Disk, DiskState, Engine, IoCounters};
+use storage::disk::{Disk, DiskState, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
 use storage::read::{self, Loader};
 use storage::recover::Receipt;
-use storage::{StorageError, posix, uring};
+use storage::{StorageError, uring};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc, watch};
 
@@ -212,28 +213,6 @@ fn join(thread: JoinHandle<()>) {
     if thread.join().is_err() {
         tracing::error!(thread = name, "thread panicked");
     }
-}
-
-/// Runs a body on a thread with a disk of the engine that was found.
-pub(crate) fn on_disk<B>(name: &str, disk: &DiskState, buffers: usize, body: B) -> io::Result<JoinHandle<()>>
-where
-    B: DiskBody + Send + 'static,
-{
-    let (disk, thread_name) = (disk.clone(), name.to_owned());
-    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-        let result = match disk.engine {
-            Engine::Uring => uring::run(&disk, buffers, |disk| body.run(disk)),
-            Engine::Posix => posix::run(&disk, buffers, |disk| body.run(disk)),
-        };
-        if let Err(error) = result {
-            tracing::error!(thread = thread_name, %error, "the ring could not be made");
-        }
-    })
-}
-
-/// Work that runs on any disk. (A closure cannot be generic over the disk's type.)
-pub(crate) trait DiskBody {
-    fn run<D: Disk>(self, disk: D) -> impl Future<Output = ()>;
 }
 
 struct StewardBody {

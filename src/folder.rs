@@ -5,7 +5,7 @@
 //! any point of making it again begins that work anew. `rebuild-catalog`, which says why, is written first
 //! and removed last.
 
-use crate::daemon::{DiskBody, on_disk};
+use crate::rings::{DiskBody, on_disk};
 use crate::when::now_ns;
 use std::fs::File;
 use std::io;

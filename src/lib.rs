@@ -16,6 +16,7 @@ mod limits;
 mod ontology;
 mod query;
 mod recovery;
+mod rings;
 mod scrub;
 #[cfg(test)]
 mod simulation;

@@ -5,7 +5,7 @@ use crate::cli::bytes;
 use crate::config::Config;
 use crate::daemon;
 use crate::flight::client::Client;
-use crate::scrub::Checker;
+use crate::lifecycle::damage::Checker;
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

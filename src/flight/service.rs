@@ -7,8 +7,8 @@ use crate::flight::{actions, get, list, put};
 use crate::health::Health;
 use crate::ingest::admit::Budget;
 use crate::lifecycle::Lifecycle;
+use crate::lifecycle::damage::Checker;
 use crate::limits;
-use crate::scrub::Checker;
 use crate::stats::{Station, Stats};
 use arrow_flight::flight_service_server::FlightService;
 use arrow_flight::{

@@ -7,6 +7,7 @@
 //! Knows no gRPC: errors carry facts, `flight::status` gives them codes.
 
 pub(crate) mod api_keys;
+pub(crate) mod damage;
 pub(crate) mod names;
 pub(crate) mod notes;
 pub(crate) mod upload;
