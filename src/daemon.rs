@@ -159,7 +159,11 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
     });
     let keeper = control.spawn(housekeeping::run(Arc::clone(&shared)));
     let served = front.block_on(serve(Arc::clone(&shared), stop, stopping, &recovered, started));
-
+    if matches!(served, Ok(Ended::ToStartAgain)) {
+        // Threads may wait for a catalog that never answers again; what is durable survives them.
+        return served;
+    }
+    shared.health.give_up();
     front.block_on(writers.stop());
     if front.block_on(keeper).is_err() {
         tracing::error!("housekeeping panicked");
@@ -343,7 +347,9 @@ async fn serve(
         _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
         _ = interrupt.recv() => tracing::info!("interrupted: stopping"),
     }
-    systemd::stopping();
+    if ended == Ended::Stopped {
+        systemd::stopping();
+    }
     stop.send_replace(true);
     if !server.is_finished() && tokio::time::timeout(limits::SHUTDOWN_DRAIN, &mut server).await.is_err() {
         tracing::info!("open calls were cut after {:?}", limits::SHUTDOWN_DRAIN);

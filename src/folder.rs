@@ -29,6 +29,9 @@ const CATALOG: &str = "catalog";
 const FRESH_CATALOG: &str = "catalog.new";
 const REBUILD_MARKER: &str = "rebuild-catalog";
 const SYNCED_MARK: &str = "catalog.synced";
+const ASIDE_PREFIX: &str = "catalog.damaged-";
+/// Kept free for a full disk, see `housekeeping`.
+pub(crate) const RESERVE: &str = "reserve";
 
 /// Makes the folder, takes its lock, checks its format and returns it.
 pub(crate) fn prepare(dir: &Path) -> Result<(File, u32), AnyError> {
@@ -110,26 +113,99 @@ pub(crate) struct Opened {
 /// Opens the catalog; one that is damaged or missing is made again from the files.
 pub(crate) fn open_catalog(data_dir: &Path, disk: &DiskState) -> Result<Opened, AnyError> {
     let path = data_dir.join(CATALOG);
-    let marker = data_dir.join(REBUILD_MARKER);
-    let asked = files::read_small(&marker).map_err(|error| StorageError::io("read", &marker, error))?;
-    let cause = match asked {
-        Some(text) => String::from_utf8_lossy(&text).into_owned(),
-        None if !path.is_dir() && has_recordings(data_dir)? => "it is missing".to_owned(),
-        None => match Catalog::open(&path, disk.direct) {
-            Ok(catalog) => {
-                let was = log_ended_early(data_dir, &catalog)?;
-                return Ok(Opened { catalog, was, rebuilt: None });
-            }
-            Err(error) => error.to_string(),
+    if let Some(marker) = Marker::read(data_dir)? {
+        if !marker.is_done(data_dir) {
+            return rebuild_catalog(data_dir, disk, marker.cause, &mut |_| {});
+        }
+        // The crash came between the last two steps.
+        marker.remove(data_dir)?;
+    }
+    // Without this file RocksDB would begin an empty catalog.
+    if std::fs::metadata(path.join("CURRENT")).is_err() && has_recordings(data_dir)? {
+        return rebuild_catalog(data_dir, disk, "it is missing".to_owned(), &mut |_| {});
+    }
+    let mut opened = Catalog::open(&path, disk.direct);
+    if opened.as_ref().is_err_and(StorageError::is_full_disk) {
+        // Opening writes: the reserve is for this.
+        files::remove_file(&data_dir.join(RESERVE)).map_err(|error| StorageError::io("remove", data_dir, error))?;
+        opened = Catalog::open(&path, disk.direct);
+    }
+    let cause = match opened {
+        Ok(catalog) => match log_ended_early(data_dir, &catalog)? {
+            None => return Ok(Opened { catalog, was: None, rebuilt: None }),
+            // What is gone with it may be names, locks and deletions: the files know better.
+            Some(early) => early,
         },
+        Err(error) if is_of_the_machine(&error) => return Err(error.into()),
+        Err(error) => error.to_string(),
     };
     rebuild_catalog(data_dir, disk, cause, &mut |_| {})
 }
 
+/// Failures to open that say nothing about the catalog's bytes: the start fails, and nothing is touched.
+fn is_of_the_machine(error: &StorageError) -> bool {
+    let text = error.to_string();
+    let signs = [
+        "No space left",
+        "Too many open files",
+        "Permission denied",
+        "Read-only file system",
+        "Cannot allocate memory",
+        "lock ",
+        "Resource temporarily unavailable",
+    ];
+    !error.is_corruption() && signs.iter().any(|sign| text.contains(sign))
+}
+
+/// Says that the catalog must be made again: written first, removed last.
+struct Marker {
+    /// Name of the folder that the old catalog is set aside as.
+    aside: String,
+    cause: String,
+}
+
+impl Marker {
+    fn path(data_dir: &Path) -> PathBuf {
+        data_dir.join(REBUILD_MARKER)
+    }
+
+    fn read(data_dir: &Path) -> Result<Option<Self>, StorageError> {
+        let path = Self::path(data_dir);
+        let bytes = files::read_small(&path).map_err(|error| StorageError::io("read", &path, error))?;
+        Ok(bytes.map(|bytes| {
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            let (aside, cause) = text.split_once('\n').unwrap_or(("", &text));
+            // One that rotted: the old catalog gets a name of its own, and is asked again.
+            let known = aside.starts_with(ASIDE_PREFIX) && !aside.contains('/');
+            let aside = if known { aside.to_owned() } else { fresh_aside() };
+            Self { aside, cause: cause.to_owned() }
+        }))
+    }
+
+    fn write(&self, data_dir: &Path) -> Result<(), StorageError> {
+        let path = Self::path(data_dir);
+        let text = format!("{}\n{}", self.aside, self.cause);
+        files::replace(&path, text.as_bytes()).map_err(|error| StorageError::io("write", &path, error))
+    }
+
+    fn remove(&self, data_dir: &Path) -> Result<(), StorageError> {
+        let path = Self::path(data_dir);
+        files::remove_file(&path).map_err(|error| StorageError::io("remove", &path, error))
+    }
+
+    /// Whether all but the marker's own removal was done.
+    fn is_done(&self, data_dir: &Path) -> bool {
+        data_dir.join(&self.aside).is_dir() && data_dir.join(CATALOG).is_dir() && !data_dir.join(FRESH_CATALOG).is_dir()
+    }
+}
+
+fn fresh_aside() -> String {
+    format!("{ASIDE_PREFIX}{}", now_ns())
+}
+
 /// Asks the next start to make the catalog again.
 pub(crate) fn ask_for_rebuild(data_dir: &Path, cause: &str) -> Result<(), StorageError> {
-    let marker = data_dir.join(REBUILD_MARKER);
-    files::replace(&marker, cause.as_bytes()).map_err(|error| StorageError::io("write", &marker, error))
+    Marker { aside: fresh_aside(), cause: cause.to_owned() }.write(data_dir)
 }
 
 /// Sets the catalog aside and makes another from the files, with what can still be read of the old one.
@@ -140,10 +216,13 @@ pub(crate) fn rebuild_catalog(
     progress: &mut dyn FnMut(&Rebuilt),
 ) -> Result<Opened, AnyError> {
     tracing::error!(%cause, "the catalog cannot be used: it is made again from the files");
-    ask_for_rebuild(data_dir, &cause)?;
-    let (path, fresh) = (data_dir.join(CATALOG), data_dir.join(FRESH_CATALOG));
-    if path.is_dir() {
-        let aside = data_dir.join(format!("catalog.damaged-{}", now_ns()));
+    let marker = match Marker::read(data_dir)? {
+        Some(marker) => marker,
+        None => Marker { aside: fresh_aside(), cause: cause.clone() },
+    };
+    marker.write(data_dir)?;
+    let (path, fresh, aside) = (data_dir.join(CATALOG), data_dir.join(FRESH_CATALOG), data_dir.join(&marker.aside));
+    if path.is_dir() && !aside.is_dir() {
         files::rename(&path, &aside).map_err(|error| StorageError::io("set aside", &path, error))?;
     }
     match std::fs::remove_dir_all(&fresh) {
@@ -154,21 +233,21 @@ pub(crate) fn rebuild_catalog(
     }
     let catalog = Catalog::open(&fresh, disk.direct)?;
     let mut rebuilt = from_files(data_dir, disk, &catalog, progress)?;
-    // The newest one that was set aside: after a crash in the middle of this there may be no other.
-    if let Some(aside) = set_aside(data_dir)?.pop() {
+    if aside.is_dir() {
         match salvage::salvage(&aside, &data_dir.join("catalog.salvage"), &catalog, now_ns()) {
             Ok(found) => rebuilt.missing.extend(found),
+            // Room is a matter of time, tails are not: the next start tries again.
+            Err(error) if error.is_full_disk() => return Err(error.into()),
             Err(error) => rebuilt.missing.push(format!("tails and what else only the old catalog had: {error}")),
         }
     } else {
         rebuilt.missing.push("the tails of open topics: rows that were in no chunk yet".to_owned());
     }
+    mark_synced(data_dir, &catalog)?;
     drop(catalog);
     files::rename(&fresh, &path).map_err(|error| StorageError::io("rename", &fresh, error))?;
     let catalog = Catalog::open(&path, disk.direct)?;
-    mark_synced(data_dir, &catalog)?;
-    let marker = data_dir.join(REBUILD_MARKER);
-    files::remove_file(&marker).map_err(|error| StorageError::io("remove", &marker, error))?;
+    marker.remove(data_dir)?;
     Ok(Opened { catalog, was: Some(cause), rebuilt: Some(rebuilt) })
 }
 
@@ -222,15 +301,6 @@ fn has_recordings(data_dir: &Path) -> Result<bool, StorageError> {
     Ok(!files::list(&dir).map_err(|error| StorageError::io("list", &dir, error))?.is_empty())
 }
 
-/// Catalogs that were set aside, oldest first.
-fn set_aside(data_dir: &Path) -> Result<Vec<PathBuf>, StorageError> {
-    let all = files::list(data_dir).map_err(|error| StorageError::io("list", data_dir, error))?;
-    let is_aside = |path: &Path| {
-        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("catalog.damaged-"))
-    };
-    Ok(all.into_iter().filter(|entry| entry.is_dir).map(|entry| entry.path).filter(|path| is_aside(path)).collect())
-}
-
 /// Notes how far the catalog's log reached, so that one that ends before is noticed.
 pub(crate) fn mark_synced(data_dir: &Path, catalog: &Catalog) -> Result<(), StorageError> {
     let path = data_dir.join(SYNCED_MARK);
@@ -246,7 +316,7 @@ fn log_ended_early(data_dir: &Path, catalog: &Catalog) -> Result<Option<String>,
     let found = catalog.sequence_number()?;
     Ok(reached.filter(|reached| found < *reached).map(|reached| {
         format!(
-            "its log ended early, {} changes are missing: chunks come back from the files, rows that were only in the tail do not",
+            "its log ended early, {} changes are missing: rows that were only in the tail are gone",
             reached - found
         )
     }))

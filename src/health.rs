@@ -3,6 +3,7 @@
 //! Guarantees: a catalog that refuses commits and a disk that is full are visible here for as long as they
 //! last, with the cause. Decides nothing but [`space`], which is pure.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use storage::StorageError;
 use tokio::sync::watch;
@@ -53,6 +54,8 @@ pub(crate) struct Health {
     pub(crate) corrupt: watch::Sender<Option<String>>,
     /// A write met a full disk; wakes the watcher.
     pub(crate) full: tokio::sync::Notify,
+    /// The program is ending: nobody waits for a catalog that takes no commits.
+    giving_up: AtomicBool,
 }
 
 impl Default for Health {
@@ -63,6 +66,7 @@ impl Default for Health {
             free: Mutex::new(None),
             corrupt: watch::Sender::new(None),
             full: tokio::sync::Notify::new(),
+            giving_up: AtomicBool::new(false),
         }
     }
 }
@@ -88,6 +92,16 @@ impl Health {
     /// Opening it again does not help: it must be made again from the files.
     pub(crate) fn catalog_is_corrupt(&self, cause: &StorageError) {
         self.corrupt.send_replace(Some(cause.to_string()));
+    }
+
+    /// From now on a commit that fails is not tried again.
+    pub(crate) fn give_up(&self) {
+        self.giving_up.store(true, Ordering::Relaxed);
+    }
+
+    /// See [`Self::give_up`].
+    pub(crate) fn gives_up(&self) -> bool {
+        self.giving_up.load(Ordering::Relaxed)
     }
 
     /// Why commits fail, if they do.

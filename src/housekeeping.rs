@@ -7,7 +7,7 @@
 
 use crate::config::Config;
 use crate::flight::service::Shared;
-use crate::folder;
+use crate::folder::{self, RESERVE};
 use crate::health::{Health, Space, space};
 use crate::systemd;
 use std::collections::HashMap;
@@ -27,7 +27,6 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const MARK_INTERVAL: Duration = Duration::from_secs(5);
 /// How often topics without a stream are looked for, at most.
 const IDLE_INTERVAL: Duration = Duration::from_secs(60);
-const RESERVE: &str = "reserve";
 
 /// Runs until the server stops.
 pub(crate) async fn run(shared: Arc<Shared>) {
@@ -95,7 +94,10 @@ pub(crate) fn look_at_space(config: &Config, health: &Health, met_full: bool) {
 /// Takes blocks that nobody else then has.
 fn reserve(path: &Path, bytes: u64) -> io::Result<()> {
     let file = File::options().create(true).truncate(false).write(true).open(path)?;
-    file.set_len(bytes)?;
+    // Growing by length alone would be a hollow reserve if the power failed before the next line.
+    if bytes < file.metadata()?.len() {
+        file.set_len(bytes)?;
+    }
     if bytes > 0 {
         match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
             // A file system without it has no reserve.

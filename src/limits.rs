@@ -30,8 +30,11 @@ pub(crate) const REOPEN_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long an attempt to open the catalog again waits for readers to let go of it.
 pub(crate) const REOPEN_READERS_WAIT: Duration = Duration::from_secs(10);
 
-/// Commits in a row that fail by corruption, with the catalog opened again between them, before the catalog
-/// is given up: it is made again from the files at the next start.
+/// How often a deletion of unknown outcome asks whether it is durable, [`REOPEN_PAUSE_MIN`] apart: a minute.
+pub(crate) const UNKNOWN_OUTCOME_TRIES: u32 = 1200;
+
+/// Commits that fail by corruption, over the whole life of the program, before the catalog
+/// is given up: it is made again from the files.
 pub(crate) const CORRUPT_COMMITS_MAX: u32 = 3;
 
 /// Messages a writer takes from its lane before it decides and lets others run.

@@ -43,6 +43,8 @@ pub(crate) async fn recover_all(
     let unsettled = catalog.unsettled()?;
     match steward.orphans(unsettled.clone()).await {
         Ok(removed) => receipt.orphans_removed = removed,
+        // The daemon makes it again, with what was found.
+        Err(error) if error.is_corruption() && receipt.rebuilt.is_none() => return Err(error),
         Err(error) => tracing::warn!(%error, "files that no record owns could not be looked for"),
     }
     for sequence in unsettled {

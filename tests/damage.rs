@@ -290,6 +290,30 @@ fn inv_9_one_flipped_byte_anywhere_in_the_catalog_never_stops_the_start_and_lose
     });
 }
 
+/// Nothing of the recordings is in tables yet: what the log loses, only the files know.
+#[test]
+fn inv_3_and_9_a_log_that_rotted_before_it_was_flushed_takes_no_recording_and_no_lock_with_it() {
+    run(async {
+        let folder = folder();
+        record(folder.path()).await.kill();
+        let logs = files_below(&folder.path().join("catalog"));
+        let log = logs.into_iter().filter(|file| file.extension().is_some_and(|extension| extension == "log"));
+        let log = log.max_by_key(|file| std::fs::metadata(file).expect("there").len()).expect("a log");
+        let name = log.strip_prefix(folder.path()).expect("below").to_owned();
+        let length = std::fs::read(&log).expect("readable").iter().rposition(|byte| *byte != 0).expect("bytes");
+        for part in 0..12 {
+            let damaged = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+            copy(folder.path(), damaged.path());
+            flip(&damaged.path().join(&name), length * part / 12 + 20);
+            let server = Server::start_on(damaged.path(), &SETTINGS);
+            check_all(&server).await;
+            let mut client = server.client().await;
+            let state = action(&mut client, "sequence_system_info", json!({ "name": "whole" })).await.expect("info");
+            assert_eq!(state["is_locked"], true, "part {part}: {state}");
+        }
+    });
+}
+
 fn copy(from: &Path, to: &Path) {
     for file in files_below(from) {
         let target = to.join(file.strip_prefix(from).expect("below"));

@@ -3,11 +3,12 @@
 
 use crate::cli::bytes;
 use crate::config::{Config, EngineChoice};
-use crate::folder;
+use crate::folder::{self, FORMAT_VERSION};
 use crate::recovery;
 use serde_json::Value;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use storage::catalog::Catalog;
 use storage::rebuild::Rebuilt;
 use storage::recover::Receipt;
 use storage::uring;
@@ -18,8 +19,13 @@ pub(super) fn run(config: &Config, json: bool) -> Result<ExitCode, AnyError> {
     if !config.data_dir.join("sequences").is_dir() {
         return Err(format!("{} holds no recordings; give --data", config.data_dir.display()).into());
     }
-    let (_lock, _format) = folder::prepare(&config.data_dir)?;
+    let (_lock, format) = folder::prepare(&config.data_dir)?;
     let disk = uring::probe(&config.data_dir, config.engine == EngineChoice::Auto);
+    if format < FORMAT_VERSION && Catalog::open(&config.data_dir.join("catalog"), disk.direct).is_ok() {
+        let why = "the folder has an older format, whose files do not tell enough to do without their catalog, and that one \
+                   opens: start `flightbox serve` on it once, which migrates it";
+        return Err(why.into());
+    }
     let mut progress = |done: &Rebuilt| {
         if std::io::stderr().is_terminal() {
             let text = format!("{} sequences, {} topics, {} chunks", done.sequences, done.topics, done.chunks);

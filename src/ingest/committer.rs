@@ -15,7 +15,7 @@ use crate::limits;
 use crate::stats::{Station, Stats};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use storage::StorageError;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::{SegmentRecord, TopicTotals};
@@ -63,9 +63,14 @@ pub(crate) enum End {
 #[derive(Debug, Default)]
 pub(crate) struct Live {
     topics: HashMap<TopicNo, LiveTopic>,
-    /// Opened and closed by the group that is not durable yet.
-    opened: Vec<TopicNo>,
-    closed: Vec<(TopicNo, LiveTopic)>,
+    /// What the group did that is not durable yet, in order.
+    undo: Vec<Undo>,
+}
+
+#[derive(Debug)]
+enum Undo {
+    Opened(TopicNo),
+    Closed(TopicNo, LiveTopic),
 }
 
 #[derive(Debug)]
@@ -90,7 +95,7 @@ impl Live {
         if free {
             let chunk_data_bytes = totals.data_bytes.saturating_sub(tail_data_bytes);
             self.topics.insert(topic, LiveTopic { totals, chunk_data_bytes, watermark });
-            self.opened.push(topic);
+            self.undo.push(Undo::Opened(topic));
         }
         free
     }
@@ -104,7 +109,7 @@ impl Live {
     pub(crate) fn close(&mut self, topic: TopicNo) -> bool {
         match self.topics.remove(&topic) {
             Some(state) => {
-                self.closed.push((topic, state));
+                self.undo.push(Undo::Closed(topic, state));
                 true
             }
             None => false,
@@ -113,18 +118,17 @@ impl Live {
 
     /// The group is durable.
     fn keep(&mut self) {
-        self.opened.clear();
-        self.closed.clear();
+        self.undo.clear();
     }
 
     /// The group failed: who was told so does not write; what was closed is open again if it is still
     /// there; and every total is what the catalog has.
     fn undo(&mut self, look: &impl Look) -> Outcome {
-        for topic in std::mem::take(&mut self.opened) {
-            self.topics.remove(&topic);
-        }
-        for (topic, state) in std::mem::take(&mut self.closed) {
-            self.topics.entry(topic).or_insert(state);
+        while let Some(undo) = self.undo.pop() {
+            match undo {
+                Undo::Opened(topic) => drop(self.topics.remove(&topic)),
+                Undo::Closed(topic, state) => drop(self.topics.insert(topic, state)),
+            }
         }
         let mut gone = Vec::new();
         for (topic, state) in &mut self.topics {
@@ -260,7 +264,8 @@ pub(crate) fn pair() -> (CommitHandle, Receiver<Entry>) {
 
 /// Commits what comes until all handles are gone.
 pub(crate) async fn run(catalog: Catalog, lane: Receiver<Entry>, stats: Arc<Stats>, health: Arc<Health>) {
-    let mut committer = Committer { catalog, lane, stats, health, live: Live::default(), failures: 0 };
+    let live = Live::default();
+    let mut committer = Committer { catalog, lane, stats, health, live, failures: 0, corruptions: 0 };
     let mut held = VecDeque::new();
     while !held.is_empty() || committer.lane.ready().await {
         held = committer.commit_group(held).await;
@@ -275,6 +280,8 @@ struct Committer {
     live: Live,
     /// Commits that failed since one went well.
     failures: u32,
+    /// Commits that failed by corruption, ever: one that goes well between them heals nothing.
+    corruptions: u32,
 }
 
 impl Committer {
@@ -319,6 +326,12 @@ impl Committer {
     /// Tells those that asked for changes; keeps the rest for another try.
     fn after_failure(&mut self, applied: Vec<Applied>, cause: &StorageError) -> VecDeque<Entry> {
         self.failures += 1;
+        if cause.is_corruption() {
+            self.corruptions += 1;
+            if self.corruptions >= limits::CORRUPT_COMMITS_MAX {
+                self.health.catalog_is_corrupt(cause);
+            }
+        }
         Stats::add(&self.stats.commit_failures, 1);
         self.health.catalog_failed(cause);
         tracing::error!(error = %cause, failures = self.failures, "a commit failed: its outcome is unknown until the catalog is open again");
@@ -340,9 +353,15 @@ impl Committer {
         let mut pause = limits::REOPEN_PAUSE_MIN;
         if self.failures > 1 {
             pause = limits::REOPEN_PAUSE_MAX.min(pause * 2_u32.saturating_pow(self.failures.min(16)));
-            tokio::time::sleep(pause).await;
+            self.pause(pause).await;
         }
         loop {
+            // Nobody waits for the catalog any more: whoever waits for an answer is told.
+            if self.health.gives_up() {
+                again.drain(..).for_each(|entry| answer(entry.item, Err(cause.clone())));
+                self.refuse_waiting(cause, &mut VecDeque::new());
+                return;
+            }
             let opened = self.catalog.reopen(limits::REOPEN_READERS_WAIT).and_then(|()| self.live.undo(&self.catalog));
             let error = match opened {
                 Ok(()) => return,
@@ -350,16 +369,30 @@ impl Committer {
             };
             tracing::error!(%error, "the catalog does not open; trying again");
             self.health.catalog_failed(&error);
-            if error.is_corruption() || cause.is_corruption() && self.failures >= limits::CORRUPT_COMMITS_MAX {
+            if error.is_corruption() {
                 self.health.catalog_is_corrupt(&error);
             }
-            tokio::time::sleep(pause).await;
+            self.pause(pause).await;
             pause = limits::REOPEN_PAUSE_MAX.min(pause * 2);
-            while let Some(entry) = self.lane.try_recv() {
-                match entry.item {
-                    Item::Change(change) => drop(change(Made::Not(error.clone()))),
-                    _ => again.push_back(entry),
-                }
+            self.refuse_waiting(&error, again);
+        }
+    }
+
+    /// Waits, but not longer than anybody waits for the catalog.
+    async fn pause(&self, pause: Duration) {
+        let since = tokio::time::Instant::now();
+        while since.elapsed() < pause && !self.health.gives_up() {
+            tokio::time::sleep(limits::REOPEN_PAUSE_MIN).await;
+        }
+    }
+
+    /// Refuses changes that came meanwhile; keeps what writers sent.
+    fn refuse_waiting(&self, cause: &StorageError, again: &mut VecDeque<Entry>) {
+        while let Some(entry) = self.lane.try_recv() {
+            match entry.item {
+                Item::Change(change) => drop(change(Made::Not(cause.clone()))),
+                item if self.health.gives_up() => answer(item, Err(cause.clone())),
+                item => again.push_back(Entry { item, ..entry }),
             }
         }
     }

@@ -166,6 +166,10 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
     let sealed =
         recover::seal_topic(disk, &context.catalog, &context.data_dir, topic, below, &context.counters).await?;
     let no = topic.no;
+    if sealed.is_empty() && below.is_none() {
+        // Locked without a new segment: no footer can say so any more.
+        note_lock(disk, context, topic).await?;
+    }
     context
         .committer
         .change(move |txn, _| {
@@ -180,6 +184,14 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
         .await?;
     remove_uncommitted(disk, context, topic).await?;
     fold(context, no, below.is_none_or(|below| below == u32::MAX)).await
+}
+
+/// The manifest says that a topic is locked, where no footer of it does.
+async fn note_lock<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord) -> Outcome {
+    match context.catalog.sequence(topic.sequence)? {
+        Some(sequence) => manifest::write(disk, &context.catalog, &context.data_dir, &sequence).await,
+        None => Ok(()),
+    }
 }
 
 /// When nobody writes a topic any more, a file without a record was never committed.
@@ -239,8 +251,29 @@ async fn remove_orphans<D: Disk>(
     context: &Context,
     unsettled: &[SequenceRecord],
 ) -> Result<Vec<PathBuf>, StorageError> {
+    let lost = |text: String| StorageError::Catalog { op: "recover", text: format!("Corruption: {text}") };
+    for sequence in unsettled {
+        if let Some(text) = found::lost_lock(disk, &context.catalog, &context.data_dir, sequence).await? {
+            return Err(lost(text));
+        }
+    }
+    // A deletion that could not be finished has its folders still.
+    let deleting: BTreeSet<PathBuf> = context
+        .catalog
+        .deletions()?
+        .into_iter()
+        .flat_map(|deletion| deletion.folders)
+        .map(|folder| context.data_dir.join(folder))
+        .collect();
     let mut removed = Vec::new();
     for orphan in recover::orphans(disk, &context.catalog, &context.data_dir, unsettled).await? {
+        // Deletions have records of their own: what says whose it is was lost by the catalog, not by its owner.
+        if deleting.contains(&orphan) {
+            continue;
+        }
+        if found::says_whose(disk, &orphan).await {
+            return Err(lost(format!("{} is a recording that it does not know", orphan.display())));
+        }
         match recover::remove_orphan(disk, &orphan).await {
             Ok(()) => {
                 tracing::info!(path = %orphan.display(), "removed: no record owns it");
@@ -261,6 +294,7 @@ async fn settle<D: Disk>(disk: &D, context: &Context, sequence: &SequenceRecord)
     if catalog.sequence(id)?.is_none() {
         return Ok(()); // Deleted meanwhile.
     }
+    let sessions = catalog.sessions_of(id)?;
     manifest::write(disk, catalog, data_dir, sequence).await?;
     recover::link_browse(disk, catalog, data_dir, sequence).await?;
     for topic in catalog.topics_of(id)? {
@@ -272,7 +306,8 @@ async fn settle<D: Disk>(disk: &D, context: &Context, sequence: &SequenceRecord)
     context
         .committer
         .change(move |txn, _| {
-            if is_locked(&txn.sessions_of(id)?) {
+            // With a session that came meanwhile there is more to look at than was looked at.
+            if is_locked(&sessions) && txn.sessions_of(id)? == sessions {
                 txn.delete(Family::Meta, keys::unsettled(id));
             }
             Ok(())

@@ -351,7 +351,7 @@ impl<D: Disk> Writer<D> {
             let locked =
                 committed.is_ok() && cause.is_none() && ending.as_ref().is_some_and(|(end, _)| *end == End::Lock);
             // The topic may be resumed before the steward comes to it: the next upload's segment is open.
-            let below = if locked { None } else { Some(topic.place.lock().await.next_segment()) };
+            let below = if locked { None } else { Some(topic.place.lock().await.made_below()) };
             self.context.steward.seal(topic.record.clone(), below).await;
         }
         // A deleted topic stays known until the deletion's `Forget` has come: it must not look like

@@ -18,10 +18,11 @@ use crate::ingest::committer::{CommitHandle, Live};
 use crate::ingest::steward::StewardHandle;
 pub(crate) use crate::ingest::steward::is_locked;
 use crate::ingest::writer::{Message, WriterHandles};
+use crate::limits;
 use crate::ontology::{Registry, RegistryError};
 use crate::when::now_ns;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use storage::StorageError;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::{DeletionRecord, SequenceRecord, SessionRecord, TopicRecord};
@@ -266,29 +267,23 @@ impl Lifecycle {
 
     /// v0: removes an unlocked sequence and everything in it.
     pub(crate) async fn abort_sequence(&self, name: String, key: SequenceId) -> Result<()> {
-        let removed = self
-            .committer
-            .change(move |txn, live| {
-                let sequence = find_sequence(txn, &name)?;
-                check_sequence_key(&sequence, key)?;
-                check_deletable(txn, &sequence, DeleteRule::Unlocked)?;
-                remove_sequence(txn, live, &sequence)
-            })
-            .await?;
-        self.sweep(removed).await
+        self.remove(move |txn, live| {
+            let sequence = find_sequence(txn, &name)?;
+            check_sequence_key(&sequence, key)?;
+            check_deletable(txn, &sequence, DeleteRule::Unlocked)?;
+            remove_sequence(txn, live, &sequence)
+        })
+        .await
     }
 
     /// Removes a sequence and everything in it.
     pub(crate) async fn delete_sequence(&self, name: String, rule: DeleteRule) -> Result<()> {
-        let removed = self
-            .committer
-            .change(move |txn, live| {
-                let sequence = find_sequence(txn, &name)?;
-                check_deletable(txn, &sequence, rule)?;
-                remove_sequence(txn, live, &sequence)
-            })
-            .await?;
-        self.sweep(removed).await
+        self.remove(move |txn, live| {
+            let sequence = find_sequence(txn, &name)?;
+            check_deletable(txn, &sequence, rule)?;
+            remove_sequence(txn, live, &sequence)
+        })
+        .await
     }
 
     /// Removes a session with its topics; the sequence stays.
@@ -296,36 +291,74 @@ impl Lifecycle {
         &self,
         find: impl FnOnce(&Txn<'_>) -> Result<SessionRecord> + Send + 'static,
     ) -> Result<()> {
-        let removed = self
-            .committer
-            .change(move |txn, live| {
-                let session = find(txn)?;
-                let topics: Vec<TopicRecord> =
-                    txn.topics_of(session.sequence)?.into_iter().filter(|topic| topic.session == session.id).collect();
-                let removed = remove_topics(txn, live, &topics, topic_folders(&topics))?;
-                txn.delete_session(&session);
-                Ok::<_, LifecycleError>(removed)
-            })
-            .await?;
-        self.sweep(removed).await
+        self.remove(move |txn, live| {
+            let session = find(txn)?;
+            let topics: Vec<TopicRecord> =
+                txn.topics_of(session.sequence)?.into_iter().filter(|topic| topic.session == session.id).collect();
+            let removed = remove_topics(txn, live, &topics, topic_folders(&topics))?;
+            txn.delete_session(&session);
+            Ok::<_, LifecycleError>(removed)
+        })
+        .await
     }
 
     /// Removes a topic.
     pub(crate) async fn delete_topic(&self, locator: String, rule: DeleteRule) -> Result<()> {
-        let removed = self
+        self.remove(move |txn, live| {
+            let topic = find_topic(txn, &locator)?;
+            if rule == DeleteRule::Unlocked && topic.completed_at_ns.is_some() {
+                let remedy = "topic_delete of this protocol generation takes unlocked topics only";
+                return Err(LifecycleError::Locked { what: "topic", name: locator, remedy });
+            }
+            let topics = [topic];
+            let folders = topic_folders(&topics);
+            remove_topics(txn, live, &topics, folders)
+        })
+        .await
+    }
+
+    /// Takes keys away in one group, then what they named. A commit of unknown outcome is asked about until the
+    /// catalog answers: a deletion that is durable is carried out.
+    async fn remove(
+        &self,
+        change: impl FnOnce(&mut Txn<'_>, &mut Live) -> Result<Removed> + Send + 'static,
+    ) -> Result<()> {
+        let made: Arc<Mutex<Option<Removed>>> = Arc::default();
+        let told = Arc::clone(&made);
+        let changed = self
             .committer
             .change(move |txn, live| {
-                let topic = find_topic(txn, &locator)?;
-                if rule == DeleteRule::Unlocked && topic.completed_at_ns.is_some() {
-                    let remedy = "topic_delete of this protocol generation takes unlocked topics only";
-                    return Err(LifecycleError::Locked { what: "topic", name: locator, remedy });
-                }
-                let topics = [topic];
-                let folders = topic_folders(&topics);
-                remove_topics(txn, live, &topics, folders)
+                let removed = change(txn, live)?;
+                *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(removed);
+                Ok::<_, LifecycleError>(())
             })
-            .await?;
-        self.sweep(removed).await
+            .await;
+        let removed = made.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match (changed, removed) {
+            (Ok(()), Some(removed)) => self.sweep(removed).await,
+            (Ok(()), None) => Ok(()),
+            (Err(error), Some(removed)) if self.is_durable(removed.ticket).await => {
+                tracing::warn!(%error, "a deletion whose commit failed is durable: it is carried out");
+                self.sweep(removed).await
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    /// Whether a deletion's record is in the catalog, once that answers again.
+    async fn is_durable(&self, ticket: [u8; 16]) -> bool {
+        for _ in 0..limits::UNKNOWN_OUTCOME_TRIES {
+            let known = self
+                .committer
+                .change(move |txn, _| Ok::<_, StorageError>(txn.get(Family::Meta, &keys::deletion(&ticket))?.is_some()))
+                .await;
+            if let Ok(known) = known {
+                return known;
+            }
+            tokio::time::sleep(limits::REOPEN_PAUSE_MIN).await;
+        }
+        // The next start finds its record, if it is there.
+        false
     }
 
     /// After the keys are gone: the rings, the caches, then the files.
@@ -390,8 +423,7 @@ fn lock_session(txn: &mut Txn<'_>, mut session: SessionRecord, what: &'static st
         }
     }
     session.completed_at_ns = Some(now_ns());
-    txn.put(Family::Sessions, keys::session(session.id), &session)?;
-    Ok(())
+    Ok(txn.put_session(&session)?)
 }
 
 fn check_deletable(look: &impl Look, sequence: &SequenceRecord, rule: DeleteRule) -> Result<()> {
@@ -409,7 +441,7 @@ fn remove_sequence(txn: &mut Txn<'_>, live: &mut Live, sequence: &SequenceRecord
     for session in txn.sessions_of(sequence.id)? {
         txn.delete_session(&session);
     }
-    txn.delete_sequence(sequence);
+    txn.delete_sequence(sequence)?;
     Ok(removed)
 }
 

@@ -9,6 +9,7 @@ use super::{Lifecycle, LifecycleError, find_topic};
 use crate::ingest::committer::{End, Live, Watermark};
 use crate::ingest::topic::Start;
 use crate::ingest::writer::Message;
+use crate::limits;
 use crate::ontology::Registry;
 use crate::when::now_ns;
 use arrow::datatypes::SchemaRef;
@@ -164,12 +165,7 @@ impl Lifecycle {
         let (start, view, facts) = match begun {
             Ok(begun) => begun,
             Err(error) => {
-                let no = topic.no;
-                let ours = self.committer.change(move |_, live| Ok::<_, LifecycleError>(live.close(no))).await?;
-                if !ours {
-                    // Deleted meanwhile: the deletion waits for this upload's `Open`, and ends it.
-                    self.writers.of(no).send(Message::Abandon { topic: no }).await.map_err(|_| StorageError::Gone)?;
-                }
+                self.abandon(topic.no).await?;
                 return Err(error);
             }
         };
@@ -183,6 +179,23 @@ impl Lifecycle {
         self.writers.of(topic.no).send(open).await.map_err(|_| StorageError::Gone)?;
         let first_batch = resume_from.unwrap_or(0);
         Ok(Upload { topic, schema, watermark: receiver, first_batch, durable: totals, view })
+    }
+
+    /// Closes a topic that was opened and cannot be written.
+    async fn abandon(&self, no: TopicNo) -> Result<()> {
+        for _ in 0..limits::UNKNOWN_OUTCOME_TRIES {
+            match self.committer.change(move |_, live| Ok::<_, LifecycleError>(live.close(no))).await {
+                Ok(true) => return Ok(()),
+                // Deleted meanwhile: the deletion waits for this upload's `Open`, which will not come.
+                Ok(false) => {
+                    let told = self.writers.of(no).send(Message::Abandon { topic: no }).await;
+                    return Ok(told.map_err(|_| StorageError::Gone)?);
+                }
+                // The catalog takes no changes now: it must not stay open for nobody.
+                Err(_) => tokio::time::sleep(limits::REOPEN_PAUSE_MIN).await,
+            }
+        }
+        Err(LifecycleError::Storage(StorageError::Gone))
     }
 
     /// What an upload goes on from: the tail, which joins its first chunk, and where the files end.

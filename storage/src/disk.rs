@@ -125,6 +125,10 @@ pub trait Disk: Clone + 'static {
     fn replace(&self, path: &Path, bytes: &[u8]) -> impl Future<Output = io::Result<()>> {
         std::future::ready(files::replace(path, bytes))
     }
+    /// Copies a file, durably.
+    fn copy(&self, from: &Path, to: &Path) -> impl Future<Output = io::Result<()>> {
+        std::future::ready(files::copy(from, to))
+    }
     /// Gives a file or folder another name, durably.
     fn rename(&self, from: &Path, to: &Path) -> impl Future<Output = io::Result<()>> {
         std::future::ready(files::rename(from, to))

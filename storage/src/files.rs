@@ -100,6 +100,19 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     rename(Path::new(&fresh), path)
 }
 
+/// Copies a file, durably.
+///
+/// # Errors
+/// The first that the system reports.
+pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::copy(from, to)?;
+    File::open(to)?.sync_all()?;
+    match to.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
 /// Gives a file or folder another name, durably.
 ///
 /// # Errors

@@ -5,16 +5,18 @@
 //! ([`chain`]), so a topic keeps a prefix of its batches (INV-2) and no acknowledged one is replaced.
 
 use crate::catalog::Look;
-use crate::catalog::records::{SegmentRecord, TopicRecord};
+use crate::catalog::records::{SegmentRecord, SequenceRecord, TopicRecord};
 use crate::chunk::decode::{ChunkBytes, verify_columns};
 use crate::chunk::record::{BatchMark, ChunkRecord};
 use crate::disk::Disk;
 use crate::error::{Result, StorageError};
 use crate::ids::TopicNo;
 use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES};
+use crate::manifest::{self, Manifest};
 use crate::read::read_range;
-use crate::segment::{self, Head, TRAILER_TAIL_BYTES, Trailer, block_ceil, block_floor};
+use crate::segment::{self, Head, TRAILER_TAIL_BYTES, Trailer, block_ceil, block_floor, footer_is_whole};
 use bytes::Bytes;
+use parquet::file::metadata::ParquetMetaDataReader;
 use std::path::{Path, PathBuf};
 
 /// What is read where a trailer is likely, and where one is looked for, in bytes.
@@ -50,6 +52,86 @@ pub async fn head<D: Disk>(disk: &D, path: &Path) -> Result<Option<(Head, u64)>>
     let Some(end) = Head::length(&start).filter(|end| *end <= length) else { return Ok(None) };
     let bytes = read_range(disk, path, 0, end).await?;
     Ok(Head::decode(&bytes).map(|head| (head, end)))
+}
+
+/// When the topic was locked, as the footer of its last segment has it; `None` where there is none, or not
+/// whole, or it was still open.
+pub async fn completed_at<D: Disk>(disk: &D, path: &Path) -> Option<i64> {
+    const END_BYTES: u64 = 8;
+    let length = disk.length(path).await.ok()?;
+    let end = block_floor(length.checked_sub(END_BYTES)?);
+    let bytes = read_range(disk, path, end, length - end).await.ok()?;
+    let (rest, _magic) = bytes.split_last_chunk::<4>()?;
+    let (_, footer_bytes) = rest.split_last_chunk::<4>()?;
+    let start = length.checked_sub(END_BYTES + u64::from(u32::from_le_bytes(*footer_bytes)))?;
+    // Footers begin on a block boundary, behind the last trailer.
+    let footer = read_range(disk, path, start, length - start).await.ok().filter(|_| start == block_floor(start))?;
+    if footer_is_whole(&footer) != Some(true) {
+        return None;
+    }
+    let metadata = ParquetMetaDataReader::new().parse_and_finish(&footer).ok()?;
+    let pairs = metadata.file_metadata().key_value_metadata()?;
+    pairs.iter().find(|pair| pair.key == segment::COMPLETED_KEY)?.value.as_ref()?.parse().ok()
+}
+
+/// What the files of a sequence know better than the catalog: locks that it does not have. Then its log ended
+/// early, and it must be made again (INV-3).
+///
+/// # Errors
+/// When the catalog cannot be read.
+pub async fn lost_lock<D: Disk>(
+    disk: &D,
+    look: &impl Look,
+    data_dir: &Path,
+    sequence: &SequenceRecord,
+) -> Result<Option<String>> {
+    let bytes = disk.read_small(&manifest::path(data_dir, sequence.id)).await.ok().flatten();
+    if let Some(manifest) = bytes.and_then(|bytes| Manifest::decode(&bytes)) {
+        for session in manifest.sessions.iter().filter(|session| session.completed_at_ns.is_some()) {
+            if look.session(session.id)?.is_some_and(|known| known.completed_at_ns.is_none()) {
+                return Ok(Some(format!("session {} is finalized by its manifest", session.locator)));
+            }
+        }
+        for topic in &manifest.topics {
+            if look.topic(topic.record.no)?.is_some_and(|known| known.completed_at_ns.is_none()) {
+                return Ok(Some(format!("topic {} is locked by its manifest", topic.record.locator)));
+            }
+        }
+    }
+    for topic in look.topics_of(sequence.id)?.into_iter().filter(|topic| topic.completed_at_ns.is_none()) {
+        let dir = segment::topic_dir(data_dir, sequence.id, topic.id);
+        for entry in disk.list(&dir).await.unwrap_or_default() {
+            if segment_no(&entry.path).is_some() && completed_at(disk, &entry.path).await.is_some() {
+                return Ok(Some(format!("topic {} is locked by its footer", topic.locator)));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a folder holds a manifest or a segment with a whole head and a chunk behind it: recordings, not
+/// what a crash left of making a file.
+pub async fn says_whose<D: Disk>(disk: &D, dir: &Path) -> bool {
+    for entry in disk.list(dir).await.unwrap_or_default() {
+        let here = if entry.is_dir {
+            Box::pin(says_whose(disk, &entry.path)).await
+        } else if entry.path.ends_with("manifest") {
+            let bytes = disk.read_small(&entry.path).await.ok().flatten();
+            bytes.is_some_and(|bytes| Manifest::decode(&bytes).is_some())
+        } else {
+            match head(disk, &entry.path).await {
+                Ok(Some((head, end))) => {
+                    let chunks = of_file(disk, &entry.path, head.facts.topic.no, end).await;
+                    chunks.is_ok_and(|chunks| !chunks.is_empty())
+                }
+                _ => false,
+            }
+        };
+        if here {
+            return true;
+        }
+    }
+    false
 }
 
 /// Every whole trailer of a file that ends between two block boundaries, in the order of the chunks.
@@ -126,9 +208,9 @@ pub type TailMarks = Vec<Vec<BatchMark>>;
 /// Which of some chunks go on from a batch, one behind the other. Pure.
 ///
 /// Of several that begin with one batch the one in the highest segment counts: it was written again, or by a
-/// later upload. A chunk that differs from the tail, or ends in the middle of one of its runs, belongs to
+/// later upload; nothing in a lower segment goes on behind it. A chunk that differs from the tail, or ends in the middle of one of its runs, belongs to
 /// another upload than what was acknowledged: it and what follows it are left.
-pub fn chain(found: Vec<Found>, next: u64, tail: &TailMarks) -> Vec<Found> {
+pub fn chain(found: Vec<Found>, (next, next_row): (u64, u64), tail: &TailMarks) -> Vec<Found> {
     let acknowledged: Vec<BatchMark> = tail.iter().flatten().copied().collect();
     let ends: Vec<u64> = tail
         .iter()
@@ -145,17 +227,19 @@ pub fn chain(found: Vec<Found>, next: u64, tail: &TailMarks) -> Vec<Found> {
         same && (tail_end <= record.end_batch || ends.contains(&record.end_batch))
     };
     let mut kept: Vec<Found> = Vec::new();
-    let mut at = next;
+    let (mut at, mut row, mut segment) = (next, next_row, 0);
     loop {
         let begins = |found: &&Found| {
             let record = &found.trailer.record;
-            record.first_batch == at && at < record.end_batch
+            let goes_on = record.first_batch == at && record.first_row == row && segment <= record.segment;
+            goes_on && at < record.end_batch
         };
         let Some(best) = found.iter().filter(begins).max_by_key(|found| found.trailer.record.segment) else { break };
         if !fits(&best.trailer) {
             break;
         }
-        at = best.trailer.record.end_batch;
+        (at, row) = (best.trailer.record.end_batch, best.trailer.record.end_row);
+        segment = best.trailer.record.segment;
         kept.push(best.clone());
     }
     kept
@@ -186,7 +270,9 @@ pub async fn behind<D: Disk>(disk: &D, look: &impl Look, data_dir: &Path, topic:
     }
     let tail = look.tail(topic.no, totals.chunk_batches)?.into_iter().map(|run| run.marks).collect();
     let mut whole = Vec::new();
-    for found in chain(found, totals.chunk_batches, &tail) {
+    // Without statistics (format 2, or a measurement) it would shift the index of those behind it.
+    found.retain(|found| !found.trailer.fields.is_empty());
+    for found in chain(found, (totals.chunk_batches, totals.chunk_rows), &tail) {
         if !is_whole(disk, &found.path, &found.trailer.record).await? {
             break;
         }
@@ -253,7 +339,7 @@ mod tests {
                 run
             })
             .collect();
-        let kept = chain(chunks.iter().map(|chunk| found(*chunk, 0)).collect(), next, &runs);
+        let kept = chain(chunks.iter().map(|chunk| found(*chunk, 0)).collect(), (next, next), &runs);
         let kept: Vec<(u32, u64, u64)> = kept
             .iter()
             .map(|found| &found.trailer.record)
@@ -275,6 +361,11 @@ mod tests {
     }
 
     #[test]
+    fn inv_2_a_chunk_of_an_earlier_upload_does_not_go_on_behind_one_of_a_later() {
+        check(&[(1, 9, 12), (3, 5, 9)], 5, &[], &[(3, 5, 9)]);
+    }
+
+    #[test]
     fn a_chunk_replaces_whole_runs_of_the_tail_only() {
         check(&[(0, 5, 9)], 5, &[2, 2], &[(0, 5, 9)]);
         check(&[(0, 5, 7)], 5, &[2, 2], &[(0, 5, 7)]);
@@ -285,8 +376,8 @@ mod tests {
     #[test]
     fn inv_1_chunks_of_another_upload_do_not_replace_what_was_acknowledged() {
         let tail = vec![vec![mark(5), mark(6)]];
-        assert_eq!(chain(vec![found((0, 5, 9), 0)], 5, &tail).len(), 1);
-        assert_eq!(chain(vec![found((0, 5, 9), 100)], 5, &tail).len(), 0);
+        assert_eq!(chain(vec![found((0, 5, 9), 0)], (5, 5), &tail).len(), 1);
+        assert_eq!(chain(vec![found((0, 5, 9), 100)], (5, 5), &tail).len(), 0);
     }
 
     #[test]

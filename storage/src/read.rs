@@ -25,7 +25,7 @@ use parquet::schema::types::SchemaDescPtr;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, broadcast, mpsc, oneshot};
 
 /// A half-open time range in nanoseconds; an absent side is open.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -370,6 +370,14 @@ impl Loader {
             }
         });
         decoded.await.map_err(|error| StorageError::Format { op: "decode", text: error.to_string() })?
+    }
+
+    /// Waits until one more chunk may be held; given back by drop.
+    ///
+    /// # Errors
+    /// When the loader has been shut.
+    pub async fn place(&self) -> Result<SemaphorePermit<'_>> {
+        self.loading.acquire().await.map_err(|_| StorageError::Gone)
     }
 
     /// Bytes of a file from a block boundary on, past the cache.

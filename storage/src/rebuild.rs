@@ -4,7 +4,8 @@
 //! Guarantees: every finalized sequence comes back with its metadata and its index; of open topics every
 //! chunk that is whole comes back, up to the first that is missing (INV-2); tails depend on the catalog alone
 //! and are gone, unless an old catalog that can still be read gives them (`salvage`). A file that says
-//! nothing of itself is never removed: it moves to `lost+found/`.
+//! nothing of itself, or has whole chunks behind one that is missing, is never removed: it is kept in
+//! `lost+found/`.
 
 use crate::catalog::keys::{self, Family};
 use crate::catalog::records::{
@@ -18,11 +19,9 @@ use crate::files::Entry;
 use crate::found::{self, Found, segment_no};
 use crate::ids::{SequenceId, TopicId, TopicNo};
 use crate::manifest::{self, LockedTopic, Manifest};
-use crate::read::read_range;
-use crate::segment::{self, TopicFacts, footer_is_whole};
-use parquet::file::metadata::ParquetMetaDataReader;
+use crate::segment::{self, Head, TopicFacts};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// What came back and what did not.
@@ -102,9 +101,13 @@ async fn sequence<D: Disk>(
         if entry.path == manifest::path(data_dir, id) {
             continue;
         }
+        if !entry.is_dir {
+            set_aside(disk, data_dir, &entry.path, done).await?;
+            continue;
+        }
         let name = entry.path.file_name().and_then(|name| name.to_str()).unwrap_or("");
         let known = name.parse().ok().map(TopicId).and_then(|id| locked.remove(&id));
-        match topic(disk, &entry.path, known, done).await? {
+        match topic(disk, data_dir, &entry.path, known, done).await? {
             Some(topic) => topics.push(topic),
             None => set_aside(disk, data_dir, &entry.path, done).await?,
         }
@@ -136,108 +139,147 @@ async fn sequence<D: Disk>(
     Ok(topics.iter().map(|topic| topic.record.no.0 + 1).max().unwrap_or(1))
 }
 
+/// What the files of a topic's folder say.
+#[derive(Default)]
+struct FilesOfTopic {
+    /// Files with a whole head, by number, and where their first chunk begins.
+    heads: BTreeMap<u32, (PathBuf, Head, u64)>,
+    /// Files without one.
+    silent: Vec<PathBuf>,
+}
+
+async fn files_of_topic<D: Disk>(disk: &D, dir: &Path, done: &mut Rebuilt) -> FilesOfTopic {
+    let mut files = FilesOfTopic::default();
+    let entries = match list(disk, dir).await {
+        Ok(entries) => entries,
+        Err(error) => {
+            done.missing.push(error.to_string());
+            return files;
+        }
+    };
+    for entry in entries {
+        match (segment_no(&entry.path), found::head(disk, &entry.path).await) {
+            (Some(no), Ok(Some((head, end)))) => drop(files.heads.insert(no, (entry.path, head, end))),
+            (_, Err(error)) => done.missing.push(format!("{}: {error}", entry.path.display())),
+            // A file of another name than ours counts for nothing, whatever is in it.
+            (_, Ok(_)) => files.silent.push(entry.path),
+        }
+    }
+    files
+}
+
 /// One topic's folder; `None` when nothing in it says whose it is.
 async fn topic<D: Disk>(
     disk: &D,
+    data_dir: &Path,
     dir: &Path,
     locked: Option<LockedTopic>,
     done: &mut Rebuilt,
 ) -> Result<Option<Topic>> {
-    let mut facts = locked.as_ref().and_then(|locked| locked.facts.clone());
-    let mut heads = BTreeMap::new();
-    let mut silent = Vec::new();
-    for entry in list(disk, dir).await? {
-        let no = segment_no(&entry.path);
-        match (no, found::head(disk, &entry.path).await) {
-            (Some(no), Ok(Some((head, end)))) => {
-                facts.get_or_insert_with(|| head.facts.clone());
-                heads.insert(no, (entry.path, head, end));
-            }
-            (_, Err(error)) => done.missing.push(format!("{}: {error}", entry.path.display())),
-            // A file of another name than ours counts for nothing, whatever is in it.
-            (no, Ok(_)) => silent.push((no, entry.path)),
-        }
-    }
+    let FilesOfTopic { heads, silent } = files_of_topic(disk, dir, done).await;
+    let facts = locked.as_ref().and_then(|locked| locked.facts.clone());
+    let facts = facts.or_else(|| heads.values().next().map(|(_, head, _)| head.facts.clone()));
     let Some(facts) = facts else { return Ok(None) };
-    let mut segments = Vec::new();
+    // A head that rotted hides nothing: trailers say whose they are as well.
+    let places = heads.values().map(|(path, _, end)| (path, *end)).chain(silent.iter().map(|path| (path, 0)));
     let mut candidates = Vec::new();
-    for (no, (path, head, end)) in &heads {
-        match found::of_file(disk, path, facts.topic.no, *end).await {
+    for (path, from) in places {
+        match found::of_file(disk, path, facts.topic.no, from).await {
             Ok(found) => candidates.extend(found),
             Err(error) => done.missing.push(format!("{}: {error}", path.display())),
         }
-        segments.push(SegmentRecord {
+    }
+    let mut topic = match locked {
+        Some(locked) => locked_topic(facts, locked, candidates),
+        None => open_topic(disk, data_dir, facts, candidates, done).await?,
+    };
+    if topic.locked.is_none() {
+        // Its last segment, which has no chunk if it never had a row, says whether it was locked.
+        let last = topic.segments.last().copied();
+        let empty = heads.iter().next_back().filter(|_| last.is_none()).map(|(no, (_, head, end))| SegmentRecord {
             no: *no,
             id: head.segment_id,
             epoch: head.epoch,
             end_offset: *end,
             sealed_length: None,
         });
-    }
-    // A head that rotted: where a manifest tells the segment, its chunks are found all the same.
-    for (no, path) in silent {
-        let known = locked.iter().flat_map(|locked| &locked.segments).find(|segment| Some(segment.no) == no);
-        match known {
-            Some(segment) => {
-                candidates.extend(found::of_file(disk, &path, facts.topic.no, 0).await.unwrap_or_default());
-                segments.push(*segment);
+        if let Some(segment) = last.or(empty) {
+            let path = dir.join(segment::file_name(segment.no));
+            topic.record.completed_at_ns = found::completed_at(disk, &path).await;
+            if topic.record.completed_at_ns.is_some() && last.is_none() {
+                topic.segments.push(segment);
             }
-            None => done.missing.push(format!("{}: it does not say whose it is", path.display())),
         }
     }
-    segments.sort_by_key(|segment| segment.no);
-    let mut record = locked.as_ref().map_or_else(|| facts.topic.clone(), |locked| locked.record.clone());
-    let chunks = match &locked {
-        Some(locked) => {
-            // What was locked is known to the row: chunks that are missing leave a hole that is told.
-            segments.clone_from(&locked.segments);
-            candidates.retain(|found| locked.segments.iter().any(|known| known.id == found.trailer.record.segment_id));
-            candidates.sort_by_key(|found| (found.trailer.record.first_row, found.trailer.record.segment));
-            candidates.dedup_by_key(|found| found.trailer.record.first_row);
-            candidates
+    for path in silent {
+        let used = topic.segments.iter().any(|segment| path.ends_with(segment::file_name(segment.no)));
+        if !used && disk.length(&path).await.is_ok() {
+            set_aside(disk, data_dir, &path, done).await?;
         }
-        None => {
-            let mut whole = Vec::new();
-            for found in found::chain(candidates, 0, &Vec::new()) {
-                if !found::is_whole(disk, &found.path, &found.trailer.record).await.unwrap_or(false) {
-                    let (topic, batch) = (&record.locator, found.trailer.record.first_batch);
-                    done.missing.push(format!("{topic}: from batch {batch} on: the chunk there is damaged"));
-                    break;
-                }
-                whole.push(found);
-            }
-            whole
-        }
-    };
-    if locked.is_none() {
-        for segment in &mut segments {
-            let ends = chunks.iter().map(|found| &found.trailer.record).filter(|record| record.segment == segment.no);
-            let end = ends.map(|record| record.offset + record.padded_length).max();
-            segment.end_offset = end.unwrap_or(segment.end_offset);
-        }
-        // Files behind the last chunk that counts were never committed, or nothing of them is left.
-        let last = chunks.last().map_or(0, |found| found.trailer.record.segment);
-        let empty = |segment: &SegmentRecord| !chunks.iter().any(|found| found.trailer.record.segment == segment.no);
-        record.completed_at_ns = match heads.get(&last) {
-            Some((path, ..)) => completed_at(disk, path, &segments, last).await,
-            None => None,
-        };
-        segments.retain(|segment| !empty(segment) || (record.completed_at_ns.is_some() && segment.no == last));
     }
-    Ok(Some(Topic { record, facts: Some(facts), locked, segments, chunks }))
+    Ok(Some(topic))
 }
 
-/// When the topic was locked, as the footer of its last segment has it.
-async fn completed_at<D: Disk>(disk: &D, path: &Path, segments: &[SegmentRecord], last: u32) -> Option<i64> {
-    let at = segments.iter().find(|segment| segment.no == last)?.end_offset;
-    let length = disk.length(path).await.ok()?;
-    let footer = read_range(disk, path, at, length.checked_sub(at)?).await.ok()?;
-    if footer_is_whole(&footer) != Some(true) {
-        return None;
+/// What was locked is known to the row: chunks that are missing leave a hole that is told.
+fn locked_topic(facts: TopicFacts, locked: LockedTopic, mut chunks: Vec<Found>) -> Topic {
+    chunks.retain(|found| locked.segments.iter().any(|known| known.id == found.trailer.record.segment_id));
+    chunks.sort_by_key(|found| (found.trailer.record.first_row, found.trailer.record.segment));
+    chunks.dedup_by_key(|found| found.trailer.record.first_row);
+    let (record, segments) = (locked.record.clone(), locked.segments.clone());
+    Topic { record, facts: Some(facts), locked: Some(locked), segments, chunks }
+}
+
+/// What may still grow keeps a prefix. Whole chunks behind a gap are kept for people, in `lost+found/`.
+async fn open_topic<D: Disk>(
+    disk: &D,
+    data_dir: &Path,
+    facts: TopicFacts,
+    candidates: Vec<Found>,
+    done: &mut Rebuilt,
+) -> Result<Topic> {
+    let mut chunks: Vec<Found> = Vec::new();
+    for found in found::chain(candidates.clone(), (0, 0), &Vec::new()) {
+        if !found::is_whole(disk, &found.path, &found.trailer.record).await.unwrap_or(false) {
+            break;
+        }
+        chunks.push(found);
     }
-    let metadata = ParquetMetaDataReader::new().parse_and_finish(&footer).ok()?;
-    let pairs = metadata.file_metadata().key_value_metadata()?;
-    pairs.iter().find(|pair| pair.key == segment::COMPLETED_KEY)?.value.as_ref()?.parse().ok()
+    let mut segments: BTreeMap<u32, SegmentRecord> = BTreeMap::new();
+    for record in chunks.iter().map(|found| &found.trailer.record) {
+        let end_offset = record.offset + record.padded_length;
+        let segment = segments.entry(record.segment).or_insert(SegmentRecord {
+            no: record.segment,
+            id: record.segment_id,
+            epoch: record.epoch,
+            end_offset,
+            sealed_length: None,
+        });
+        segment.end_offset = segment.end_offset.max(end_offset);
+    }
+    let end = chunks.last().map_or(0, |found| found.trailer.record.end_batch);
+    let behind: BTreeSet<&PathBuf> =
+        candidates.iter().filter(|found| end <= found.trailer.record.first_batch).map(|found| &found.path).collect();
+    if !behind.is_empty() {
+        let topic = &facts.topic.locator;
+        done.missing.push(format!(
+            "{topic}: from batch {end} on: the chunk there is damaged or was never whole; files with what lies behind it are in lost+found"
+        ));
+    }
+    for path in behind {
+        let in_use = chunks.iter().any(|found| found.path == *path);
+        if in_use {
+            keep_copy(disk, data_dir, path, done).await?
+        } else {
+            set_aside(disk, data_dir, path, done).await?
+        }
+    }
+    Ok(Topic {
+        record: facts.topic.clone(),
+        facts: Some(facts),
+        locked: None,
+        segments: segments.into_values().collect(),
+        chunks,
+    })
 }
 
 fn put_sequence(
@@ -278,9 +320,12 @@ fn put_topic(txn: &mut Txn<'_>, topic: &Topic, now_ns: i64, done: &mut Rebuilt) 
         txn.put(Family::Segments, keys::segment(no, segment.no), segment)?;
     }
     let mut totals = TopicTotals::default();
+    // The index has all of a topic's chunks or none: one without statistics (format 2) would shift the others.
+    let indexed = topic.chunks.iter().all(|found| !found.trailer.fields.is_empty());
     for found in &topic.chunks {
         let record = &found.trailer.record;
-        txn.put_chunk(no, record, &SkipRecord { fields: found.trailer.fields.clone() })?;
+        let fields = if indexed { found.trailer.fields.clone() } else { Vec::new() };
+        txn.put_chunk(no, record, &SkipRecord { fields })?;
         totals.chunks += 1;
         totals.chunk_batches = record.end_batch;
         totals.chunk_rows = record.end_row;
@@ -323,7 +368,8 @@ fn holes(chunks: &[Found], rows: u64) -> Vec<(u64, u64)> {
     holes
 }
 
-async fn set_aside<D: Disk>(disk: &D, data_dir: &Path, path: &Path, done: &mut Rebuilt) -> Result<()> {
+/// Where a file or folder is kept that is of no use here; the folders above it are made.
+async fn lost_and_found<D: Disk>(disk: &D, data_dir: &Path, path: &Path) -> Result<PathBuf> {
     let inside = path.strip_prefix(data_dir).unwrap_or(path);
     let to = data_dir.join("lost+found").join(inside);
     if let Some(parent) = to.parent() {
@@ -331,6 +377,18 @@ async fn set_aside<D: Disk>(disk: &D, data_dir: &Path, path: &Path, done: &mut R
             .await
             .map_err(|error| StorageError::io("make folder", parent, error))?;
     }
+    Ok(to)
+}
+
+async fn keep_copy<D: Disk>(disk: &D, data_dir: &Path, path: &Path, done: &mut Rebuilt) -> Result<()> {
+    let to = lost_and_found(disk, data_dir, path).await?;
+    disk.copy(path, &to).await.map_err(|error| StorageError::io("copy", path, error))?;
+    done.moved.push(to);
+    Ok(())
+}
+
+async fn set_aside<D: Disk>(disk: &D, data_dir: &Path, path: &Path, done: &mut Rebuilt) -> Result<()> {
+    let to = lost_and_found(disk, data_dir, path).await?;
     disk.rename(path, &to).await.map_err(|error| StorageError::io("move", path, error))?;
     done.moved.push(to);
     Ok(())

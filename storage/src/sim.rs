@@ -549,6 +549,18 @@ impl Disk for SimDisk {
         Ok(())
     }
 
+    async fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.step().await;
+        self.room()?;
+        let mut world = self.world.borrow_mut();
+        let from = world.names.get(from).copied().ok_or(io::ErrorKind::NotFound)?;
+        let seen = world.files[from].seen.clone();
+        let at = world.files.len();
+        world.files.push(SimFile { durable: seen.clone(), seen, ..SimFile::default() });
+        world.names.insert(to.to_owned(), at);
+        Ok(())
+    }
+
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.step().await;
         let mut world = self.world.borrow_mut();

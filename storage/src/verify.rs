@@ -202,6 +202,8 @@ impl Subject {
     pub async fn chunk(&self, loader: &Loader, index: usize) -> Looked {
         let mut looked = Looked { chunks: 1, ..Looked::default() };
         let Some(chunk) = self.view.chunks().get(index) else { return looked };
+        // Bounds the chunks that are held at once, with those of readers.
+        let Ok(_place) = loader.place().await else { return looked };
         looked.rows = chunk.rows();
         looked.bytes = chunk.padded_length;
         let path = self.path(chunk.segment);
@@ -229,7 +231,11 @@ impl Subject {
         chunk: &ChunkRecord,
         index: usize,
     ) -> std::result::Result<(), (Part, String)> {
-        let broken = |error: StorageError| (Part::Chunk, error.to_string());
+        // What this machine cannot do now (too many files, no memory) says nothing about the bytes.
+        let broken = |error: StorageError| {
+            let part = if error.is_damage() || is_gone_for_good(&error) { Part::Chunk } else { Part::File };
+            (part, error.to_string())
+        };
         let bytes = loader.raw(path, chunk.offset, chunk.padded_length).await.map_err(broken)?;
         let length = usize::try_from(chunk.length).unwrap_or(usize::MAX);
         let (data, rest) = (bytes.slice(..length.min(bytes.len())), bytes.slice(length.min(bytes.len())..));
@@ -247,6 +253,13 @@ impl Subject {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether an error is a sector that cannot be read, or a file that ends too early.
+fn is_gone_for_good(error: &StorageError) -> bool {
+    let StorageError::Io { source, .. } = error else { return false };
+    let unreadable = rustix::io::Errno::IO.raw_os_error();
+    source.kind() == std::io::ErrorKind::UnexpectedEof || source.raw_os_error() == Some(unreadable)
 }
 
 async fn footer(loader: &Loader, path: &Path, (from, to): (u64, u64), chunks: usize) -> Result<()> {

@@ -116,6 +116,8 @@ pub struct SegmentWriter<D: Disk> {
     facts: Arc<TopicFacts>,
     current: Option<Current<D::File>>,
     next_no: u32,
+    /// Above every file that this upload may have made.
+    made_below: u32,
     prealloc: Arc<PreallocBudget>,
 }
 
@@ -185,6 +187,7 @@ impl<D: Disk> SegmentWriter<D> {
             facts,
             current: None,
             next_no: 0,
+            made_below: 0,
             prealloc: Arc::clone(&shared.prealloc),
         }
     }
@@ -192,12 +195,14 @@ impl<D: Disk> SegmentWriter<D> {
     /// The same, for a topic whose earlier segments have smaller numbers.
     pub fn starting_at(mut self, segment: u32) -> Self {
         self.next_no = segment;
+        self.made_below = segment;
         self
     }
 
-    /// The number that the next segment will have: all of this upload's are below.
-    pub fn next_segment(&self) -> u32 {
-        self.next_no
+    /// A number above all files that this upload has committed chunks to. Not above those that could not be
+    /// made: the next upload's may have their numbers.
+    pub fn made_below(&self) -> u32 {
+        self.made_below
     }
 
     fn retire(&mut self) {
@@ -299,7 +304,10 @@ impl<D: Disk> SegmentWriter<D> {
             let head = Head { segment: no, segment_id: SegmentId::random(), epoch: 0, facts: (*self.facts).clone() };
             let made = create_segment(disk, &shared.data_dir, &self.dir, &path, &head, &shared.counters).await;
             let (file, first_chunk) = match made {
-                Ok(made) => made,
+                Ok(made) => {
+                    self.made_below = no + 1;
+                    made
+                }
                 // Left by an earlier upload that ended with nothing durable; the next start removes it.
                 Err(StorageError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(error),

@@ -302,12 +302,16 @@ impl Txn<'_> {
             keys::topic_ontology(record.no),
             keys::topic_blocks(record.no),
             keys::topic_partial(record.no),
-            keys::topic_locator(&record.locator),
             keys::topic_id(record.id),
             keys::tag_topic(&record.ontology_tag, record.no),
             keys::sequence_topic(record.sequence, record.no),
         ] {
             self.delete(Family::Topics, key);
+        }
+        // The name may be another topic's by now.
+        let named: Option<TopicNo> = self.record(Family::Topics, &keys::topic_locator(&record.locator))?;
+        if named == Some(record.no) {
+            self.delete(Family::Topics, keys::topic_locator(&record.locator));
         }
         for family in [Family::Segments, Family::Chunks, Family::Tail] {
             self.ops.push(Op::DeletePrefix(family, keys::of_topic(record.no)));
@@ -332,10 +336,15 @@ impl Txn<'_> {
     }
 
     /// Removes a sequence; its sessions and topics are removed one by one.
-    pub fn delete_sequence(&mut self, record: &SequenceRecord) {
+    pub fn delete_sequence(&mut self, record: &SequenceRecord) -> Result<()> {
         self.delete(Family::Meta, keys::unsettled(record.id));
         self.delete(Family::Sequences, keys::sequence(record.id));
-        self.delete(Family::Sequences, keys::sequence_name(&record.name));
+        // As for topics.
+        let named: Option<SequenceId> = self.record(Family::Sequences, &keys::sequence_name(&record.name))?;
+        if named == Some(record.id) {
+            self.delete(Family::Sequences, keys::sequence_name(&record.name));
+        }
         self.ops.push(Op::DeletePrefix(Family::Notifications, keys::sequence_notifications(record.id)));
+        Ok(())
     }
 }

@@ -17,6 +17,9 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
+/// Bytes after which a group is committed and another begun. Bounds what is held at once.
+const GROUP_BYTES: usize = 8 << 20;
+
 /// Families whose values are taken as they are where the new catalog has none.
 const AS_THEY_ARE: [Family; 2] = [Family::Ontologies, Family::Keys];
 
@@ -40,7 +43,10 @@ fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
     }
     std::fs::create_dir_all(to)?;
     for entry in files::list(from)?.into_iter().filter(|entry| !entry.is_dir) {
-        if let Some(name) = entry.path.file_name() {
+        let Some(name) = entry.path.file_name() else { continue };
+        // Tables never change: a second name is a copy that takes no room.
+        let is_table = entry.path.extension().is_some_and(|extension| extension == "sst");
+        if !is_table || std::fs::hard_link(&entry.path, to.join(name)).is_err() {
             std::fs::copy(&entry.path, to.join(name))?;
         }
     }
@@ -136,6 +142,10 @@ fn fill(pin: &Pin, into: &Catalog, now_ns: i64) -> Result<Vec<String>> {
         group.change(|txn| put_session(txn, session))?;
     }
     for topic in &topics {
+        if group.size_bytes() > GROUP_BYTES {
+            std::mem::replace(&mut group, into.group()?).commit()?;
+            group = into.group()?;
+        }
         if !gone.contains(format!("sequences/{}/{}", topic.sequence, topic.id).as_str()) {
             put_topic(&mut group, &mut old, topic, now_ns, &mut missing)?;
         }
@@ -178,7 +188,7 @@ fn forget(txn: &mut Txn<'_>, deletion: &DeletionRecord) -> Result<()> {
                 for session in txn.sessions_of(id)? {
                     txn.delete_session(&session);
                 }
-                txn.delete_sequence(&record);
+                txn.delete_sequence(&record)?;
             }
             (Some(_), Some(Some(topic))) => {
                 if let Some(topic) = txn.topic_by_id(TopicId(topic))? {
