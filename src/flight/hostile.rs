@@ -312,8 +312,14 @@ fn own_seeds() -> Vec<Vec<u8>> {
     let marks = vec![BatchMark { rows: 10, hash: 5 }; 2];
     let stored = TopicSchema::derive(sample(5).schema()).and_then(|schema| schema.to_stored(&sample(5)));
     let tail = stored.and_then(|rows| TailRun::pack(&rows, 3, 30, marks.clone(), 100, Some((1, 2))));
-    let trailer =
-        Trailer { topic: topic.no, topic_id: topic.id, record: record.clone(), marks, fields: fields.clone() };
+    let trailer = Trailer {
+        topic: topic.no,
+        topic_id: topic.id,
+        record: record.clone(),
+        marks,
+        fields: fields.clone(),
+        upload: 9,
+    };
     let totals = TopicTotals { chunks: 1, rows: 50, ..TopicTotals::default() };
     [
         pack(&topic),

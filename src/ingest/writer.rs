@@ -219,7 +219,7 @@ impl<D: Disk> Writer<D> {
             reply.send(()).ok(); // The deletion goes on at the next start if nobody waits.
             return;
         }
-        let place = SegmentWriter::new(&self.shared, facts).starting_at(start.segment);
+        let place = SegmentWriter::new(&self.shared, facts, crate::when::now_ns()).starting_at(start.segment);
         let topic = Topic::new(record, schema, encoder, watermark, place, start);
         self.topics.borrow_mut().insert(topic.record.no, Rc::new(topic));
     }

@@ -207,8 +207,8 @@ pub type TailMarks = Vec<Vec<BatchMark>>;
 
 /// Which of some chunks go on from a batch, one behind the other. Pure.
 ///
-/// Of several that begin with one batch the one in the highest segment counts: it was written again, or by a
-/// later upload; nothing in a lower segment goes on behind it. A chunk that differs from the tail, or ends in the middle of one of its runs, belongs to
+/// Of several that begin with one batch the one of the latest upload counts, and of these the one in the
+/// highest segment: it was written again. Nothing of an earlier upload goes on behind it. A chunk that differs from the tail, or ends in the middle of one of its runs, belongs to
 /// another upload than what was acknowledged: it and what follows it are left.
 pub fn chain(found: Vec<Found>, (next, next_row): (u64, u64), tail: &TailMarks) -> Vec<Found> {
     let acknowledged: Vec<BatchMark> = tail.iter().flatten().copied().collect();
@@ -227,19 +227,20 @@ pub fn chain(found: Vec<Found>, (next, next_row): (u64, u64), tail: &TailMarks) 
         same && (tail_end <= record.end_batch || ends.contains(&record.end_batch))
     };
     let mut kept: Vec<Found> = Vec::new();
-    let (mut at, mut row, mut segment) = (next, next_row, 0);
+    let (mut at, mut row, mut upload) = (next, next_row, i64::MIN);
     loop {
         let begins = |found: &&Found| {
             let record = &found.trailer.record;
-            let goes_on = record.first_batch == at && record.first_row == row && segment <= record.segment;
+            let goes_on = record.first_batch == at && record.first_row == row && upload <= found.trailer.upload;
             goes_on && at < record.end_batch
         };
-        let Some(best) = found.iter().filter(begins).max_by_key(|found| found.trailer.record.segment) else { break };
+        let latest = |found: &&Found| (found.trailer.upload, found.trailer.record.segment);
+        let Some(best) = found.iter().filter(begins).max_by_key(latest) else { break };
         if !fits(&best.trailer) {
             break;
         }
         (at, row) = (best.trailer.record.end_batch, best.trailer.record.end_row);
-        segment = best.trailer.record.segment;
+        upload = best.trailer.upload;
         kept.push(best.clone());
     }
     kept
@@ -302,8 +303,9 @@ mod tests {
         BatchMark { rows: 1, hash: u128::from(hash) }
     }
 
-    /// A chunk of a segment with these batches; each batch's hash is its number plus `upload`.
-    fn found((segment, first, end): (u32, u64, u64), upload: u64) -> Found {
+    /// A chunk of a segment with these batches; each batch's hash is its number plus `other`. An upload has
+    /// ten segments.
+    fn found((segment, first, end): (u32, u64, u64), other: u64) -> Found {
         let record = ChunkRecord {
             segment,
             segment_id: SegmentId(uuid::Uuid::nil()),
@@ -321,9 +323,10 @@ mod tests {
             columns: Vec::new(),
             crc: 0,
         };
-        let marks = (first..end).map(|batch| mark(batch + upload)).collect();
+        let marks = (first..end).map(|batch| mark(batch + other)).collect();
         let topic_id = TopicId(uuid::Uuid::nil());
-        let trailer = Trailer { topic: TopicNo(1), topic_id, record, marks, fields: Vec::new() };
+        let trailer =
+            Trailer { topic: TopicNo(1), topic_id, record, marks, fields: Vec::new(), upload: i64::from(segment / 10) };
         Found { path: PathBuf::new(), trailer }
     }
 
@@ -362,7 +365,13 @@ mod tests {
 
     #[test]
     fn inv_2_a_chunk_of_an_earlier_upload_does_not_go_on_behind_one_of_a_later() {
-        check(&[(1, 9, 12), (3, 5, 9)], 5, &[], &[(3, 5, 9)]);
+        check(&[(1, 9, 12), (13, 5, 9)], 5, &[], &[(13, 5, 9)]);
+        check(&[(5, 9, 12), (13, 5, 9), (14, 5, 9), (12, 9, 10)], 5, &[], &[(14, 5, 9), (12, 9, 10)]);
+    }
+
+    #[test]
+    fn a_chunk_that_was_written_again_may_lie_behind_the_one_that_follows_it() {
+        check(&[(3, 0, 4), (2, 4, 6)], 0, &[], &[(3, 0, 4), (2, 4, 6)]);
     }
 
     #[test]

@@ -174,6 +174,9 @@ pub struct Trailer {
     pub marks: Vec<BatchMark>,
     /// Its statistics, for an index that was lost.
     pub fields: Vec<FieldStats>,
+    /// When the upload began that wrote it, in nanoseconds since 1970: of two uploads of a topic the later one
+    /// has what counts.
+    pub upload: i64,
 }
 
 /// A trailer of format 2.
@@ -230,7 +233,7 @@ impl Trailer {
             return postcard::from_bytes(body).ok();
         }
         let Trailer1 { topic, topic_id, record, marks } = postcard::from_bytes(body).ok()?;
-        Some(Self { topic, topic_id, record, marks, fields: Vec::new() })
+        Some(Self { topic, topic_id, record, marks, fields: Vec::new(), upload: 0 })
     }
 
     /// How long the body of the trailer is that ends at the end of `bytes`, in bytes, if one does.
@@ -444,6 +447,7 @@ mod tests {
             },
             marks: vec![BatchMark { rows: 10, hash: u128::MAX }, BatchMark { rows: 10, hash: 0 }],
             fields: Vec::new(),
+            upload: 5,
         }
     }
 

@@ -114,6 +114,8 @@ fn prealloc_step(allocated: u64, write_at: u64, chunk: u64, segment_bytes: u64, 
 pub struct SegmentWriter<D: Disk> {
     dir: PathBuf,
     facts: Arc<TopicFacts>,
+    /// When the upload began, see [`Trailer::upload`].
+    upload: i64,
     current: Option<Current<D::File>>,
     next_no: u32,
     /// Above every file that this upload may have made.
@@ -181,10 +183,11 @@ impl Written {
 
 impl<D: Disk> SegmentWriter<D> {
     /// A topic that has no segment yet.
-    pub fn new(shared: &Shared, facts: Arc<TopicFacts>) -> Self {
+    pub fn new(shared: &Shared, facts: Arc<TopicFacts>, upload: i64) -> Self {
         Self {
             dir: segment::topic_dir(&shared.data_dir, facts.topic.sequence, facts.topic.id),
             facts,
+            upload,
             current: None,
             next_no: 0,
             made_below: 0,
@@ -254,7 +257,7 @@ impl<D: Disk> SegmentWriter<D> {
             Ok(columns) => {
                 let fields =
                     if shared.index { statistics(disk, shared, schema, encoder, chunk).await } else { Vec::new() };
-                finish(&mut sink, current, (self.facts.topic.id, topic), chunk, columns, fields).await
+                finish(&mut sink, current, (self.facts.topic.id, topic, self.upload), chunk, columns, fields).await
             }
             Err(error) => Err(error),
         };
@@ -402,7 +405,7 @@ async fn encode<D: Disk>(
 async fn finish<D: Disk>(
     sink: &mut Sink<D>,
     current: &Current<D::File>,
-    (topic_id, topic): (TopicId, TopicNo),
+    (topic_id, topic, upload): (TopicId, TopicNo, i64),
     chunk: &ChunkRows,
     columns: Vec<ColumnRecord>,
     fields: Vec<stats::FieldStats>,
@@ -425,7 +428,7 @@ async fn finish<D: Disk>(
         crc: chunk_crc(&columns),
         columns,
     };
-    let trailer = Trailer { topic, topic_id, record, marks: chunk.marks.clone(), fields };
+    let trailer = Trailer { topic, topic_id, record, marks: chunk.marks.clone(), fields, upload };
     let (trailer, bytes) = trailer.encode(length)?;
     let zeros = bytes.iter().take_while(|byte| **byte == 0).count() as u64;
     sink.put(&bytes).await;
@@ -704,7 +707,7 @@ mod tests {
             let facts = Arc::new(blob_topic(&schema.wire));
             let topic = facts.topic.clone();
             let encoder = TopicEncoder::new(&schema.stored, topic.format, Compression::None).expect("an encoder");
-            let mut place = SegmentWriter::new(&shared, facts);
+            let mut place = SegmentWriter::new(&shared, facts, 0);
             let pending = place.write(&disk, &shared, &schema, &encoder, topic.no, &chunk).await.expect("written");
             pending.durable(&disk).await.expect("durable");
         };
