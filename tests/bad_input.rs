@@ -346,20 +346,7 @@ fn a_message_that_makes_no_progress_loses_its_stream_and_leaves_its_prefix() {
         let key = create_sequence(&mut client, "s").await;
         let topic = create_topic(&mut client, &key, "s/slow", "default").await;
         let sent = messages(put_descriptor("s/slow", &topic)).await;
-        let address = server.address;
-        let socket = tokio::net::TcpStream::connect(address).await.expect("connect");
-        let (mut sender, connection) = h2::client::handshake(socket).await.expect("handshake");
-        let connection = tokio::spawn(connection);
-        let request = http::Request::post(format!("http://{address}/arrow.flight.protocol.FlightService/DoPut"))
-            .header("content-type", "application/grpc")
-            .header("te", "trailers")
-            .body(())
-            .expect("a request");
-        let (response, mut stream) = sender.send_request(request, false).expect("sent");
-        stream.send_data(frame(&sent[0]).into(), false).expect("schema");
-        stream.send_data(frame(&sent[1]).into(), false).expect("a batch");
-        let mut body = response.await.expect("headers").into_body();
-        body.data().await.expect("a watermark").expect("data");
+        let RawUpload { mut stream, mut body, connection } = RawUpload::begin(server.address, &sent).await;
         let next = frame(&sent[2]);
         stream.send_data(next[..next.len() / 2].to_vec().into(), false).expect("half a message");
         let told = tokio::time::timeout(std::time::Duration::from_secs(20), body.trailers()).await.expect("an end");
@@ -382,22 +369,37 @@ enum Cut {
     EndInsideMessage,
 }
 
+/// A DoPut by hand.
+struct RawUpload {
+    stream: h2::SendStream<bytes::Bytes>,
+    body: h2::RecvStream,
+    connection: tokio::task::JoinHandle<Result<(), h2::Error>>,
+}
+
+impl RawUpload {
+    /// Sends the schema and one batch, and waits until that is durable.
+    async fn begin(address: std::net::SocketAddr, sent: &[FlightData]) -> Self {
+        let socket = tokio::net::TcpStream::connect(address).await.expect("connect");
+        let (mut sender, connection) = h2::client::handshake(socket).await.expect("handshake");
+        let connection = tokio::spawn(connection);
+        let request = http::Request::post(format!("http://{address}/arrow.flight.protocol.FlightService/DoPut"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(())
+            .expect("a request");
+        let (response, mut stream) = sender.send_request(request, false).expect("sent");
+        stream.send_data(frame(&sent[0]).into(), false).expect("schema");
+        stream.send_data(frame(&sent[1]).into(), false).expect("a batch");
+        // The answer's headers come once the topic is open; then its watermark says the batch is durable.
+        let mut body = response.await.expect("headers").into_body();
+        body.data().await.expect("a watermark").expect("data");
+        Self { stream, body, connection }
+    }
+}
+
 /// A raw HTTP/2 client: sends the schema and one batch, then half of what follows, then cuts.
 async fn cut_upload(address: std::net::SocketAddr, sent: &[FlightData], how: Cut) {
-    let socket = tokio::net::TcpStream::connect(address).await.expect("connect");
-    let (mut sender, connection) = h2::client::handshake(socket).await.expect("handshake");
-    let connection = tokio::spawn(connection);
-    let request = http::Request::post(format!("http://{address}/arrow.flight.protocol.FlightService/DoPut"))
-        .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())
-        .expect("a request");
-    let (response, mut stream) = sender.send_request(request, false).expect("sent");
-    stream.send_data(frame(&sent[0]).into(), false).expect("schema");
-    stream.send_data(frame(&sent[1]).into(), false).expect("a batch");
-    // The answer's headers come once the topic is open; then its watermark says the batch is durable.
-    let mut body = response.await.expect("headers").into_body();
-    body.data().await.expect("a watermark").expect("data");
+    let RawUpload { mut stream, body: _body, connection } = RawUpload::begin(address, sent).await;
     let next = frame(&sent[2]);
     match how {
         Cut::BetweenMessages => stream.send_reset(h2::Reason::CANCEL),

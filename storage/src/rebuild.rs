@@ -246,15 +246,9 @@ async fn open_topic<D: Disk>(
     }
     let mut segments: BTreeMap<u32, SegmentRecord> = BTreeMap::new();
     for record in chunks.iter().map(|found| &found.trailer.record) {
-        let end_offset = record.offset + record.padded_length;
-        let segment = segments.entry(record.segment).or_insert(SegmentRecord {
-            no: record.segment,
-            id: record.segment_id,
-            epoch: record.epoch,
-            end_offset,
-            sealed_length: None,
-        });
-        segment.end_offset = segment.end_offset.max(end_offset);
+        let ending = SegmentRecord::ending_with(record);
+        let segment = segments.entry(record.segment).or_insert(ending);
+        segment.end_offset = segment.end_offset.max(ending.end_offset);
     }
     let end = chunks.last().map_or(0, |found| found.trailer.record.end_batch);
     let behind: BTreeSet<&PathBuf> =

@@ -269,15 +269,9 @@ impl Txn<'_> {
             totals.data_bytes += record.data_bytes;
             totals.stored_bytes += record.length;
             totals.widen(record.time);
-            let end_offset = record.offset + record.padded_length;
-            let segment = segments.entry(record.segment).or_insert(SegmentRecord {
-                no: record.segment,
-                id: record.segment_id,
-                epoch: record.epoch,
-                end_offset,
-                sealed_length: None,
-            });
-            segment.end_offset = segment.end_offset.max(end_offset);
+            let ending = SegmentRecord::ending_with(record);
+            let segment = segments.entry(record.segment).or_insert(ending);
+            segment.end_offset = segment.end_offset.max(ending.end_offset);
         }
         let left = tail.iter().filter(|run| totals.chunk_batches <= run.first_batch);
         totals.data_bytes += left.map(|run| run.data_bytes).sum::<u64>();

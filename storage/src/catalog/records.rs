@@ -1,7 +1,7 @@
 //! Values of the catalog. Packed with `postcard`; fields are only ever added behind the last one
 //! together with a new format version.
 
-use crate::chunk::Format;
+use crate::chunk::{ChunkRecord, Format};
 use crate::error::{Result, StorageError};
 use crate::ids::{SegmentId, SequenceId, SessionId, TopicId, TopicNo};
 use serde::de::DeserializeOwned;
@@ -108,6 +108,19 @@ pub struct SegmentRecord {
     pub sealed_length: Option<u64>,
 }
 
+impl SegmentRecord {
+    /// An open segment that ends with this chunk.
+    pub fn ending_with(chunk: &ChunkRecord) -> Self {
+        Self {
+            no: chunk.segment,
+            id: chunk.segment_id,
+            epoch: chunk.epoch,
+            end_offset: chunk.offset + chunk.padded_length,
+            sealed_length: None,
+        }
+    }
+}
+
 /// Which version of its ontology a topic was opened with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicOntology {
@@ -206,7 +219,7 @@ pub fn unpack<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chunk::{ChunkRecord, ColumnRecord};
+    use crate::chunk::ColumnRecord;
     use proptest::prelude::*;
 
     proptest! {
