@@ -13,6 +13,8 @@ use storage::catalog::Look;
 use storage::ids::TopicNo;
 use tokio::time::Instant;
 
+/// From the start to the first background pass: a recorder that was just switched on has other things to do.
+const FIRST_WAIT: Duration = Duration::from_secs(600);
 /// From the end of one background pass to the next.
 const PASS_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long the background pass waits before it looks again whether nothing happens.
@@ -27,6 +29,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         if rate == 0 {
             std::future::pending::<()>().await;
         }
+        tokio::time::sleep(FIRST_WAIT).await;
         loop {
             pass(&shared, &checker, rate).await;
             tokio::time::sleep(PASS_INTERVAL).await;
