@@ -2,12 +2,12 @@
 //!
 //! Guarantees: a notification disappears with the thing it is on (INV-4); both are bounded.
 
-use crate::lifecycle::{Lifecycle, LifecycleError, find_sequence, find_topic, shorten};
+use crate::lifecycle::{Lifecycle, LifecycleError, find_sequence, find_topic, is_locked, shorten};
 use crate::limits;
 use crate::when::now_ns;
 use storage::catalog::Look;
 use storage::catalog::keys::{self, Family};
-use storage::catalog::records::NotificationRecord;
+use storage::catalog::records::{NotificationRecord, SequenceRecord};
 use storage::ids::{SequenceId, TopicNo};
 
 type Result<T> = std::result::Result<T, LifecycleError>;
@@ -59,7 +59,8 @@ impl Lifecycle {
             text.truncate(text.floor_char_boundary(limits::NOTIFICATION_BYTES_MAX));
             text.push_str(" … (cut)");
         }
-        self.committer
+        let sequence = self
+            .committer
             .change(move |txn, _| {
                 let (sequence, topic) = subject.find(txn)?;
                 let mut kept = Vec::new();
@@ -79,9 +80,11 @@ impl Lifecycle {
                     no += 1;
                 }
                 let record = NotificationRecord { kind, text, created_at_ns };
-                Ok(txn.put(Family::Notifications, keys::notification(sequence, topic, no), &record)?)
+                txn.put(Family::Notifications, keys::notification(sequence, topic, no), &record)?;
+                Ok::<_, LifecycleError>(txn.sequence(sequence)?)
             })
-            .await
+            .await?;
+        self.note_in_manifest(sequence).await
     }
 
     /// The notifications of one thing, oldest first.
@@ -92,13 +95,23 @@ impl Lifecycle {
 
     /// Removes the notifications of one thing; there may be none.
     pub(crate) async fn purge_notifications(&self, subject: Subject) -> Result<()> {
-        self.committer
+        let sequence = self
+            .committer
             .change(move |txn, _| {
                 let (sequence, topic) = subject.find(txn)?;
                 txn.delete_prefix(Family::Notifications, keys::notifications_of(sequence, topic));
-                Ok(())
+                Ok::<_, LifecycleError>(txn.sequence(sequence)?)
             })
-            .await
+            .await?;
+        self.note_in_manifest(sequence).await
+    }
+
+    /// A finalized recording's notifications are in its manifest as well.
+    async fn note_in_manifest(&self, sequence: Option<SequenceRecord>) -> Result<()> {
+        match sequence {
+            Some(sequence) if is_locked(&self.catalog.sessions_of(sequence.id)?) => self.settle(sequence).await,
+            _ => Ok(()),
+        }
     }
 
     /// v0: all layers, name and description.

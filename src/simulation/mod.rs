@@ -14,15 +14,20 @@ use clients::*;
 use promises::*;
 use world::*;
 
-use crate::lifecycle::{NewTopic, UploadKey};
+use crate::ingest::committer::End;
+use crate::ingest::writer::Message;
+use crate::lifecycle::{DeleteRule, NewTopic, UploadKey};
 use crate::recovery::recover_all;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use storage::catalog::Look;
 use storage::chunk::Format;
 use storage::read::TopicView;
 use storage::recover::Receipt;
+use storage::schema::TopicSchema;
 use storage::sim::{Faults, Random, SimDisk};
 
 /// Seeds of a run, crashes of each, and tests they are spread over.
@@ -140,30 +145,7 @@ fn inv_1_a_topic_resumed_while_its_files_are_being_sealed_keeps_what_it_was_told
         let disk = SimDisk::new(seed, u64::MAX, Faults::default());
         on_one_thread(async {
             let life = begin(&disk, store.path(), Manner { lag: 4 + seed * 6, ..CALM });
-            let sequence =
-                life.lifecycle.create_sequence("s".to_owned(), "{}".to_owned(), true).await.expect("created");
-            let mut topics = Vec::new();
-            for name in ["s/a", "s/b"] {
-                let new = NewTopic {
-                    locator: name.to_owned(),
-                    ontology_tag: "sim".to_owned(),
-                    format: Format::Image,
-                    user_metadata: "{}".to_owned(),
-                };
-                let record = life.lifecycle.create_topic(UploadKey::Sequence(sequence.id), new).await.expect("created");
-                let (id, locator) = (record.id, record.locator);
-                topics.push(TopicLedger {
-                    id,
-                    locator,
-                    rows_per_batch: 2,
-                    blob_bytes: 14_000,
-                    sent: 0,
-                    acked: 0,
-                    locked: false,
-                    ending: false,
-                    lost: false,
-                });
-            }
+            let mut topics = two_topics(&life).await;
             // The first topic's seal keeps the steward busy while the second one is resumed.
             put_one_by_one(&life, &mut topics[0], 6).await;
             put_one_by_one(&life, &mut topics[1], 6).await;
@@ -171,6 +153,111 @@ fn inv_1_a_topic_resumed_while_its_files_are_being_sealed_keeps_what_it_was_told
             check_topic(&life, &topics[1]).await;
         });
     }
+}
+
+/// A sequence `s` with topics `s/a` and `s/b`, for uploads of blobs.
+async fn two_topics(life: &Life) -> Vec<TopicLedger> {
+    let sequence = life.lifecycle.create_sequence("s".to_owned(), "{}".to_owned(), true).await.expect("created");
+    let mut topics = Vec::new();
+    for name in ["s/a", "s/b"] {
+        let new = NewTopic {
+            locator: name.to_owned(),
+            ontology_tag: "sim".to_owned(),
+            format: Format::Image,
+            user_metadata: "{}".to_owned(),
+        };
+        let record = life.lifecycle.create_topic(UploadKey::Sequence(sequence.id), new).await.expect("created");
+        topics.push(TopicLedger {
+            id: record.id,
+            locator: record.locator,
+            rows_per_batch: 2,
+            blob_bytes: 14_000,
+            sent: 0,
+            acked: 0,
+            locked: false,
+            ending: false,
+            lost: false,
+        });
+    }
+    topics
+}
+
+/// Every second commit fails while a topic is opened, again and again, and another deleted: afterwards the one
+/// can be written, and nothing is left of the other.
+#[test]
+fn inv_4_and_8_commits_of_unknown_outcome_leave_no_topic_busy_and_no_deletion_half_done() {
+    for seed in 0..30 {
+        let store = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir_all(store.path().join("data/sequences")).expect("a folder");
+        let disk = SimDisk::new(seed, u64::MAX, Faults::default());
+        on_one_thread(async {
+            let life = begin(&disk, store.path(), Manner { seed, ..CALM });
+            let mut topics = two_topics(&life).await;
+            put_one_by_one(&life, &mut topics[1], 4).await;
+            life.failing_commits.store(500, Ordering::Relaxed);
+            let schema = Arc::new(TopicSchema::derive(schema()).expect("a schema"));
+            for _ in 0..6 {
+                let (locator, id) = (topics[0].locator.clone(), topics[0].id);
+                if let Ok(opened) = life.lifecycle.open_upload(locator, id, Arc::clone(&schema), Some(0)).await {
+                    // Its end may fail as well, which closes it all the same.
+                    life.lifecycle.end_upload(opened.topic.no, End::Leave).await.ok();
+                }
+            }
+            let locator = topics[1].locator.clone();
+            while life.lifecycle.delete_topic(locator.clone(), DeleteRule::Anything).await.is_err() {
+                if life.lifecycle.catalog.topic_by_locator(&locator).is_ok_and(|topic| topic.is_none()) {
+                    break;
+                }
+            }
+            life.failing_commits.store(0, Ordering::Relaxed);
+            put_one_by_one(&life, &mut topics[0], 4).await;
+            check_topic(&life, &topics[0]).await;
+            let left = disk
+                .contents()
+                .into_keys()
+                .filter(|path| path.components().any(|part| part.as_os_str() == topics[1].id.to_string().as_str()));
+            assert_eq!(left.collect::<Vec<_>>(), Vec::<std::path::PathBuf>::new(), "INV-4: seed {seed}");
+        });
+    }
+}
+
+/// Nothing can be committed any more, and the recorder is told to stop.
+#[test]
+fn a_recorder_that_ends_does_not_wait_for_a_catalog_that_takes_no_commits() {
+    let store = tempfile::tempdir().expect("a folder");
+    std::fs::create_dir_all(store.path().join("data/sequences")).expect("a folder");
+    let disk = SimDisk::new(1, u64::MAX, Faults::default());
+    on_one_thread(async {
+        let life = begin(&disk, store.path(), CALM);
+        let mut topics = two_topics(&life).await;
+        put_one_by_one(&life, &mut topics[0], 4).await;
+        let schema = Arc::new(TopicSchema::derive(schema()).expect("a schema"));
+        let topic = &topics[0];
+        let opened = life.lifecycle.open_upload(topic.locator.clone(), topic.id, schema, Some(4)).await;
+        let opened = opened.expect("opened");
+        life.failing_commits.store(1000, Ordering::Relaxed);
+        for batch in 4..40 {
+            let message = Box::new(message(&life, topic, batch).await);
+            let lane = life.lifecycle.writers.of(opened.topic.no);
+            lane.send(Message::Batch { topic: opened.topic.no, batch: message }).await.expect("sent");
+        }
+        let ending = life.lifecycle.end_upload(opened.topic.no, End::Leave);
+        let stopping = async {
+            tokio::time::sleep(Duration::from_secs(30)).await;
+            life.health.give_up();
+            life.lifecycle.writers.stop().await;
+        };
+        let ended = tokio::time::timeout(Duration::from_secs(600), async { tokio::join!(ending, stopping) }).await;
+        let (told, ()) = ended.expect("it ends");
+        // Half of the commits that fail are durable all the same: then it may be told so.
+        let (_, durable, _) = life.lifecycle.topic_status(topics[0].locator.clone()).await.unwrap_or_else(|_| {
+            let catalog = &life.lifecycle.catalog;
+            let record = catalog.topic_by_locator(&topics[0].locator).expect("readable").expect("there");
+            let totals = catalog.totals(record.no).expect("readable");
+            (record, totals, false)
+        });
+        assert!(told.is_err() || durable.batches == 40, "told to be durable: {durable:?}");
+    });
 }
 
 /// A disk that puts writes beside their place and rots at rest: what is read is right or said to be damaged,

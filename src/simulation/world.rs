@@ -76,6 +76,7 @@ pub(super) struct Life {
     pub(super) budget: Budget,
     pub(super) config: Rc<Config>,
     pub(super) failing_commits: Arc<AtomicU64>,
+    pub(super) health: Arc<Health>,
 }
 
 pub(super) fn schema() -> SchemaRef {
@@ -178,7 +179,7 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
         steward: steward.clone(),
         counters,
         stats,
-        health,
+        health: Arc::clone(&health),
     };
     let (to_writer, from_front) = lane(limits::WRITER_LANE_DEPTH);
     tokio::task::spawn_local(writer::run(disk.clone(), from_front, context));
@@ -192,7 +193,7 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
         registry: Registry::empty(OntologyMode::Open),
         data_dir: config.data_dir.clone(),
     };
-    Life { lifecycle, steward, budget, config: Rc::new(config), failing_commits }
+    Life { lifecycle, steward, budget, config: Rc::new(config), failing_commits, health }
 }
 
 /// Runs a body on a thread of its own kind: one, with simulated time.
