@@ -163,6 +163,31 @@ fn inv_9_one_flipped_byte_in_each_part_of_a_segment_is_found_and_named_and_takes
 }
 
 #[test]
+fn a_running_recorder_verifies_itself_and_tells_what_its_last_recovery_did() {
+    run(async {
+        let folder = folder();
+        record(folder.path()).await.kill();
+        let server = Server::start_on(folder.path(), &SETTINGS);
+        let (address, data) = (server.address.to_string(), folder.path().to_str().expect("UTF-8").to_owned());
+        let arguments = ["verify", "--json", "--listen", &address, "--data", &data];
+        let clean: Value = serde_json::from_str(&flightbox(&arguments)).expect("JSON");
+        assert_eq!((clean["topics"].as_u64(), clean["findings"].clone()), (Some(3), json!([])), "{clean:#}");
+        assert_eq!(clean["rows"], 80 + 5 + 41, "{clean:#}");
+        flip(&segment(folder.path(), "whole/camera"), 4096 + 5000);
+        let (text, succeeded) = flightbox_may_fail(&arguments);
+        assert!(!succeeded, "{text}");
+        let found: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(found["findings"][0]["part"], "chunk", "{found:#}");
+        let mut client = server.client().await;
+        assert_eq!(times(&get(&mut client, "whole/camera").await.expect("get")), (20..80).collect::<Vec<_>>());
+        let one = flightbox_may_fail(&["verify", "--sequence", "open", "--listen", &address, "--data", &data]);
+        assert!(one.1, "{}", one.0);
+        let told = flightbox(&["info", "--recovery", "--listen", &address]);
+        assert!(told.contains("open/camera") && told.contains("41 rows") && told.contains("interrupted"), "{told}");
+    });
+}
+
+#[test]
 fn a_read_that_meets_damage_fails_and_the_next_one_says_what_is_missing() {
     run(async {
         let folder = folder();

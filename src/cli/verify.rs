@@ -14,7 +14,9 @@ use storage::verify::{Finding, Looked, verify_catalog};
 type AnyError = Box<dyn std::error::Error>;
 
 pub(super) fn run(config: &Config, sequence: Option<&str>, as_json: bool) -> Result<ExitCode, AnyError> {
-    let online = super::runtime()?.block_on(async {
+    // One runtime for all of it: a connection lives as long as the one it was made on.
+    let runtime = super::runtime()?;
+    let online = runtime.block_on(async {
         match Client::connect(config.listen).await {
             // One that runs on another folder is not asked.
             Ok(mut client) => Ok(client.appliance_info().await.ok().filter(|info| is_of(info, config)).map(|_| client)),
@@ -22,7 +24,7 @@ pub(super) fn run(config: &Config, sequence: Option<&str>, as_json: bool) -> Res
         }
     })?;
     let looked = match online {
-        Some(client) => super::runtime()?.block_on(ask(client, sequence))?,
+        Some(client) => runtime.block_on(ask(client, sequence))?,
         None => offline(config, sequence)?,
     };
     let report = if as_json { serde_json::to_string_pretty(&looked)? } else { render(&looked) };

@@ -265,7 +265,7 @@ pub(crate) fn pair() -> (CommitHandle, Receiver<Entry>) {
 /// Commits what comes until all handles are gone.
 pub(crate) async fn run(catalog: Catalog, lane: Receiver<Entry>, stats: Arc<Stats>, health: Arc<Health>) {
     let live = Live::default();
-    let mut committer = Committer { catalog, lane, stats, health, live, failures: 0, corruptions: 0 };
+    let mut committer = Committer { catalog, lane, stats, health, live, failures: 0, corruptions: 0, dead: None };
     let mut held = VecDeque::new();
     while !held.is_empty() || committer.lane.ready().await {
         held = committer.commit_group(held).await;
@@ -282,11 +282,18 @@ struct Committer {
     failures: u32,
     /// Commits that failed by corruption, ever: one that goes well between them heals nothing.
     corruptions: u32,
+    /// Set when a failed commit was not followed up because the program ends: what is known in memory is ahead
+    /// of the catalog, so nothing may be committed any more (INV-2).
+    dead: Option<StorageError>,
 }
 
 impl Committer {
     /// Applies what is held and what has come, as one group; returns what must be applied again.
     async fn commit_group(&mut self, mut held: VecDeque<Entry>) -> VecDeque<Entry> {
+        if let Some(cause) = self.dead.clone() {
+            self.refuse_waiting(&cause, &mut VecDeque::new());
+            return VecDeque::new();
+        }
         let mut applied = Vec::new();
         let outcome = match self.catalog.group() {
             Ok(mut group) => {
@@ -358,6 +365,7 @@ impl Committer {
         loop {
             // Nobody waits for the catalog any more: whoever waits for an answer is told.
             if self.health.gives_up() {
+                self.dead = Some(cause.clone());
                 again.drain(..).for_each(|entry| answer(entry.item, Err(cause.clone())));
                 self.refuse_waiting(cause, &mut VecDeque::new());
                 return;
