@@ -191,7 +191,7 @@ impl Ingest {
                     return Err(Status::unavailable("the server is shutting down; what was acknowledged is kept"));
                 }
                 _ = space.wait_for(|space| *space == Space::Full) => {
-                    return Err(disk_is_full("what was taken of this upload is durable; resume it when there is room"));
+                    return Err(disk_is_full("what was acknowledged of this upload is durable; resume it when there is room"));
                 }
                 message = stream.message() => message,
             };
