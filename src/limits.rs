@@ -7,6 +7,9 @@ use std::time::Duration;
 /// Sized so that a 10 Hz topic with a few hundred columns still counts as small.
 pub(crate) const SMALL_MESSAGE_BYTES: u64 = 256 << 10;
 
+/// Memory budget for each core, if nothing is set: half a second of what a core takes in.
+pub(crate) const BUDGET_BYTES_PER_CORE: u64 = 512 << 20;
+
 /// Heap that one array node of a batch costs beyond its data, in bytes.
 /// Measured: an IMU row of 220 data bytes and 50 nodes is 8.6 KB on the heap.
 pub(crate) const NODE_OVERHEAD_BYTES: u64 = 256;

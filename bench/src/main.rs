@@ -1,22 +1,36 @@
-//! Measures flightbox beside its limits, in one run: numbers of shared machines mean nothing alone.
+//! Measures flightbox beside its limits and rivals, in one run: numbers of shared machines mean nothing alone.
 //!
-//! `image`: DoPut of 8 MiB blobs, and `imu`: of IMU rows, 20,000 a batch, also without the index; closed loop, against a null sink (the same front, which decodes and
-//! drops) and the raw disk (aligned direct writes through the same ring). `query`: questions over catalogs of
-//! up to 1,000,000 chunks. `startup`: starts after a crash over such catalogs. `powercut`: cuts the power on a real file system, many times. Leaves a dated folder under
-//! `bench/runs/` with machine facts, raw CSV and a summary; PERF.md quotes only these.
+//! `all`: everything of the speed budget, with a verdict on each goal ([`goals`]); or one of its measurements by
+//! name ([`suite`]). `query`: questions over catalogs of up to 1,000,000 chunks. `startup`: starts after a crash
+//! over such catalogs. `powercut`: cuts the power on a real file system, many times. Each leaves a dated
+//! folder under `bench/runs/` with machine facts, raw CSV, plots and a summary; PERF.md quotes only these.
 
+mod closed;
 mod disk;
-mod load;
+mod files;
+mod flame;
+mod goals;
+mod memory;
+mod open;
+mod plot;
 mod powercut;
 mod profile;
 mod report;
+mod rival;
+mod samples;
 mod scale;
+mod server;
 mod startup;
+mod suite;
+mod wire;
 
 use clap::Parser;
-use profile::Profile;
 use std::path::PathBuf;
 use std::process::ExitCode;
+
+/// The same allocator as flightbox: rivals and null source must not lose by theirs.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// What to measure.
 #[derive(Debug, Parser)]
@@ -25,18 +39,19 @@ struct Arguments {
     /// The flightbox program.
     #[arg(long)]
     server: PathBuf,
-    /// Profile to run: image, imu, query, startup or powercut.
-    #[arg(default_value = "image")]
-    profile: String,
-    /// Bytes sent in each pass, in MiB.
+    /// What to measure: all, query, startup, powercut, or parts of `all` by name: machine, image, image-1, lidar,
+    /// imu-20000, h264, latency, can, drive, isolation, topics, commits, get, finalize, small, compression.
+    #[arg(default_value = "all")]
+    names: Vec<String>,
+    /// Bytes sent in each closed loop, in MiB.
     #[arg(long, default_value_t = 4096)]
     mib: u64,
-    /// Concurrent streams.
-    #[arg(long, default_value_t = 4)]
-    streams: usize,
     /// Passes over all contestants; the medians count.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 5)]
     passes: usize,
+    /// Sample the server's stacks with perf, and keep flame graphs. Costs a few per cent.
+    #[arg(long)]
+    perf: bool,
     /// Power cuts to replay.
     #[arg(long, default_value_t = 200)]
     cuts: u64,
@@ -61,6 +76,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.split_first() {
         Some((command, rest)) if command == powercut::DISK_COMMAND => powercut::serve_disk(rest),
+        Some((command, rest)) if command == rival::COMMAND => rival::serve(rest),
         _ => run(&Arguments::parse()),
     };
     match result {
@@ -72,58 +88,48 @@ fn main() -> ExitCode {
     }
 }
 
-/// A pause before each contestant: a shared disk gives credit for idle time, and each must meet the
-/// same credit.
-fn rest() {
-    const REST: std::time::Duration = std::time::Duration::from_secs(15);
-    std::thread::park_timeout(REST);
-}
-
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let scratch = match &arguments.scratch {
         Some(dir) => dir.clone(),
         None => arguments.server.parent().ok_or("--server has no folder")?.to_owned(),
     };
-    let profile = match arguments.profile.as_str() {
-        "image" => Profile::Image,
-        "imu" => Profile::Imu,
-        "query" => {
+    match arguments.names.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["query"] => {
             let sizes = [10_000, 100_000, 1_000_000];
-            return scale::run(&arguments.server, &scratch, &arguments.out, &sizes);
+            scale::run(&arguments.server, &scratch, &arguments.out, &sizes)
         }
-        "startup" => {
-            return startup::run(&arguments.server, &scratch, &arguments.out, &[1000, 100_000, 1_000_000]);
-        }
-        "powercut" => {
-            return powercut::run(&powercut::Plan {
-                program: arguments.server.clone(),
-                file_system: arguments.fs,
-                cuts: arguments.cuts,
-                seed: arguments.seed,
-                out: (!arguments.no_results).then(|| arguments.out.clone()),
-            });
-        }
-        other => {
-            return Err(format!("there is no profile {other:?}; known: image, imu, query, startup, powercut").into());
-        }
-    };
-    let mut report = report::Report::new(&arguments.profile, arguments.mib, arguments.streams);
-    for pass in 0..arguments.passes {
-        // Interleaved, so that a slow minute of a shared machine meets all of them.
-        let disk = disk::measure(&scratch, arguments.mib << 20, arguments.streams)?;
-        report.add(pass, "disk", disk.plain_mib_s);
-        report.add(pass, "disk_sync_16mib", disk.synced_mib_s);
-        report.add(pass, "disk_dsync_1mib", disk.dsync_mib_s);
-        let sink = load::measure(arguments, &scratch, profile, load::Target::NullSink)?;
-        report.add(pass, "null_sink", sink.mib_s);
-        if profile == Profile::Imu {
-            let without = load::measure(arguments, &scratch, profile, load::Target::NoIndex)?;
-            report.add(pass, "no_index", without.mib_s);
-        }
-        let put = load::measure(arguments, &scratch, profile, load::Target::Flightbox)?;
-        report.add(pass, "flightbox", put.mib_s);
-        report.stations = put.info;
+        ["startup"] => startup::run(&arguments.server, &scratch, &arguments.out, &[1000, 100_000, 1_000_000]),
+        ["powercut"] => powercut::run(&powercut::Plan {
+            program: arguments.server.clone(),
+            file_system: arguments.fs,
+            cuts: arguments.cuts,
+            seed: arguments.seed,
+            out: (!arguments.no_results).then(|| arguments.out.clone()),
+        }),
+        ["all"] => run_suite(arguments, &scratch, &suite::ALL),
+        names => run_suite(arguments, &scratch, names),
     }
-    report.write(&arguments.out, &scratch)?;
+}
+
+/// Pass by pass, so that each contestant meets every hour of a shared machine.
+fn run_suite(
+    arguments: &Arguments,
+    scratch: &std::path::Path,
+    names: &[&str],
+) -> Result<(), Box<dyn std::error::Error>> {
+    let mut suite = suite::Suite::new(&arguments.server, scratch, arguments.mib << 20)?;
+    let title = if names == suite::ALL { "all".to_owned() } else { names.join("+") };
+    let folder =
+        if arguments.no_results { tempfile::tempdir()?.keep() } else { report::folder(&arguments.out, &title)? };
+    if arguments.perf {
+        suite.profiles = Some(folder.clone());
+    }
+    for pass in 0..arguments.passes {
+        for name in names {
+            suite.pass(pass, name)?;
+        }
+        // What is there so far stays there, whatever comes.
+        report::write_suite(&folder, scratch, &suite.samples, &suite.kept, pass + 1)?;
+    }
     Ok(())
 }

@@ -1,94 +1,173 @@
-//! A dated folder per run: what the machine is, every number, and a summary that says what they mean.
+//! The folder that a run leaves: numbers, summary with verdicts, plots, and the machine's facts.
 
-use serde_json::Value;
+use crate::goals::{self, Must};
+use crate::plot::{self, Line};
+use crate::samples::Samples;
+use crate::suite::Kept;
 use std::error::Error;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What was measured.
-#[derive(Debug)]
-pub(crate) struct Report {
-    profile: String,
-    mib: u64,
-    streams: usize,
-    rows: Vec<(usize, String, f64)>,
-    /// The server's own account of the last pass.
-    pub(crate) stations: Value,
+/// The dated folder of a run, made.
+pub(crate) fn folder(out: &Path, name: &str) -> Result<PathBuf, Box<dyn Error>> {
+    let folder = out.join(format!("{}-{name}", shell("date", &["+%Y-%m-%d-%H%M"])));
+    std::fs::create_dir_all(&folder)?;
+    Ok(folder)
 }
 
-impl Report {
-    /// An empty report.
-    pub(crate) fn new(profile: &str, mib: u64, streams: usize) -> Self {
-        Self { profile: profile.to_owned(), mib, streams, rows: Vec::new(), stations: Value::Null }
-    }
+/// Writes everything of a run of the suite.
+pub(crate) fn write_suite(
+    folder: &Path,
+    scratch: &Path,
+    samples: &Samples,
+    kept: &Kept,
+    passes: usize,
+) -> Result<(), Box<dyn Error>> {
+    std::fs::write(folder.join("samples.csv"), samples.csv())?;
+    std::fs::write(folder.join("info.json"), serde_json::to_string_pretty(&kept.infos)?)?;
+    std::fs::write(folder.join("over_time.csv"), over_time_csv(kept))?;
+    std::fs::write(folder.join("latencies.csv"), latencies_csv(kept))?;
+    plots(folder, samples, kept)?;
+    let summary = summary(samples, kept, passes)?;
+    std::fs::write(folder.join("summary.md"), &summary)?;
+    std::fs::write(folder.join("machine.txt"), machine(scratch))?;
+    eprintln!("\n{summary}\nin {}", folder.display());
+    Ok(())
+}
 
-    /// Adds one rate in MiB/s.
-    pub(crate) fn add(&mut self, pass: usize, what: &str, mib_s: f64) {
-        eprintln!("pass {pass}: {what:<16} {mib_s:>8.0} MiB/s");
-        self.rows.push((pass, what.to_owned(), mib_s));
-    }
-
-    fn median(&self, what: &str) -> f64 {
-        let mut rates: Vec<f64> =
-            self.rows.iter().filter(|(_, name, _)| name == what).map(|(.., rate)| *rate).collect();
-        rates.sort_by(f64::total_cmp);
-        rates.get(rates.len() / 2).copied().unwrap_or(0.0)
-    }
-
-    /// Writes the folder and prints the summary.
-    pub(crate) fn write(&self, out: &Path, scratch: &Path) -> Result<(), Box<dyn Error>> {
-        let mut csv = String::from("pass,what,mib_per_s\n");
-        for (pass, what, rate) in &self.rows {
-            writeln!(csv, "{pass},{what},{rate:.1}")?;
+fn over_time_csv(kept: &Kept) -> String {
+    let mut csv = String::from("load,seconds,bytes_sent\n");
+    for (name, points) in &kept.over_time {
+        for (seconds, bytes) in points {
+            writeln!(csv, "{name},{seconds:.3},{bytes}").ok(); // A String takes all.
         }
-        let info = serde_json::to_string_pretty(&self.stations)?;
-        write_folder(out, &self.profile, scratch, &self.summary()?, &[("rates.csv", csv), ("info.json", info)])
     }
+    csv
+}
 
-    fn summary(&self) -> Result<String, std::fmt::Error> {
-        let (disk, synced) = (self.median("disk"), self.median("disk_sync_16mib"));
-        let dsync = self.median("disk_dsync_1mib");
-        let (sink, put) = (self.median("null_sink"), self.median("flightbox"));
-        let without = self.median("no_index");
-        let limit = disk.min(sink);
-        let mut text = String::new();
-        writeln!(text, "# {} ({} MiB a pass, {} streams, medians)\n", self.profile, self.mib, self.streams)?;
-        writeln!(text, "| what | MiB/s | of the lower limit |\n| --- | --- | --- |")?;
-        for (name, rate) in [
-            ("disk: raw direct writes", disk),
-            ("disk: a sync per 16 MiB", synced),
-            ("disk: every 1 MiB write by RWF_DSYNC", dsync),
-            ("null sink: same front, decodes and drops", sink),
-            ("**flightbox**: durable", put),
-            ("flightbox without statistics and index", without),
-        ]
+fn latencies_csv(kept: &Kept) -> String {
+    let mut csv = String::from("load,percentile,ms\n");
+    for (name, points) in &kept.latencies {
+        for (percentile, ms) in points {
+            writeln!(csv, "{name},{percentile},{ms:.3}").ok(); // A String takes all.
+        }
+    }
+    csv
+}
+
+fn plots(folder: &Path, samples: &Samples, kept: &Kept) -> Result<(), Box<dyn Error>> {
+    const GIB: f64 = (1_u64 << 30) as f64;
+    let over_time: Vec<Line> = kept
+        .over_time
+        .iter()
+        .filter(|(name, _)| name.ends_with(" flightbox"))
+        .map(|(name, points)| Line {
+            name: name.trim_end_matches(" flightbox").to_owned(),
+            points: points.iter().map(|(seconds, bytes)| (*seconds, *bytes as f64 / GIB)).collect(),
+        })
+        .collect();
+    plot::lines(&folder.join("over_time.svg"), "GiB sent over seconds, flightbox, closed loop", &over_time)?;
+    let latencies: Vec<Line> = kept
+        .latencies
+        .iter()
+        .map(|(name, points)| Line {
+            name: name.clone(),
+            // Nines, so that the tail has room.
+            points: points
+                .iter()
+                .filter(|(percentile, _)| *percentile < 100.0)
+                .map(|(percentile, ms)| (-(1.0 - percentile / 100.0).log10(), *ms))
+                .collect(),
+        })
+        .collect();
+    plot::lines(&folder.join("latencies.svg"), "durable latency in ms over nines (1 is p90, 2 is p99)", &latencies)?;
+    let rates: Vec<(String, f64)> = samples
+        .contestants("image", "bytes_per_s")
         .into_iter()
-        .filter(|(_, rate)| *rate > 0.0)
-        {
-            writeln!(text, "| {name} | {rate:.0} | {:.2} |", rate / limit)?;
+        .filter_map(|who| samples.median_of("image", &who, "bytes_per_s").map(|rate| (who, rate / 1e9)))
+        .collect();
+    plot::bars(&folder.join("image.svg"), "image: GB a second", &rates)?;
+    let cpu: Vec<(String, f64)> = samples
+        .measurements()
+        .into_iter()
+        .filter_map(|name| samples.median_of(&name, "flightbox", "cpu_s_per_gb").map(|cpu| (name, cpu)))
+        .collect();
+    plot::bars(&folder.join("cpu.svg"), "server CPU seconds a GB", &cpu)?;
+    let growth = |measurement: &str, metric: &str| -> Vec<(String, f64)> {
+        let whose = samples.contestants(measurement, metric);
+        whose.into_iter().filter_map(|who| Some((who.clone(), samples.median_of(measurement, &who, metric)?))).collect()
+    };
+    plot::bars(&folder.join("topics.svg"), "CPU seconds a GB, by topics", &growth("topics", "cpu_s_per_gb"))?;
+    plot::bars(
+        &folder.join("commits.svg"),
+        "committer CPU a chunk in us, by chunks in the catalog",
+        &growth("commits", "committer_cpu_us"),
+    )?;
+    let stations: Vec<(String, f64)> = kept
+        .infos
+        .get("image")
+        .and_then(|info| info["stations"].as_array())
+        .into_iter()
+        .flatten()
+        .map(|station| {
+            (station["station"].as_str().unwrap_or("").to_owned(), station["p50_us"].as_f64().unwrap_or(0.0) / 1e3)
+        })
+        .collect();
+    plot::bars(&folder.join("stations.svg"), "image, saturated: median ms at each station", &stations)?;
+    Ok(())
+}
+
+fn summary(samples: &Samples, kept: &Kept, passes: usize) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    writeln!(text, "# Speed beside its limits (medians of {passes})\n")?;
+    writeln!(text, "| goal | must | measured | |\n| --- | --- | --- | --- |")?;
+    for goal in goals::goals(samples) {
+        let sign = if goal.must == Must::Reach { "≥" } else { "≤" };
+        let verdict = goal.reached().map_or("", |reached| if reached { "reached" } else { "**missed**" });
+        let value = goal.value.map_or("not measured".to_owned(), |value| format!("{} {}", rounded(value), goal.unit));
+        writeln!(text, "| {} | {sign} {} {} | {} | {verdict} |", goal.what, goal.bound, goal.unit, value.trim())?;
+    }
+    for measurement in samples.measurements() {
+        writeln!(
+            text,
+            "\n## {measurement}\n\n| what | metric | median | least | most |\n| --- | --- | --- | --- | --- |"
+        )?;
+        for who in samples.all_contestants(&measurement) {
+            for metric in samples.metrics(&measurement, &who) {
+                let median = samples.median_of(&measurement, &who, &metric).unwrap_or(0.0);
+                let (least, most) = samples.range_of(&measurement, &who, &metric);
+                let [median, least, most] = [median, least, most].map(|value| shown(&metric, value));
+                writeln!(text, "| {who} | {metric} | {median} | {least} | {most} |")?;
+            }
         }
-        if without > 0.0 {
-            writeln!(
-                text,
-                "\nStatistics and index cost {:.1} % of the rate without them.",
-                100.0 - put / without * 100.0
-            )?;
-        }
-        writeln!(text, "\n| station | count | p50 ms | p99 ms | max ms |\n| --- | --- | --- | --- | --- |")?;
-        for station in self.stations["stations"].as_array().into_iter().flatten() {
+    }
+    for (name, info) in &kept.infos {
+        writeln!(
+            text,
+            "\n## Stations of {name} (last pass)\n\n| station | count | p50 ms | p99 ms | p99.9 ms | max ms |\n| --- | --- | --- | --- | --- | --- |"
+        )?;
+        for station in info["stations"].as_array().into_iter().flatten() {
             let ms = |key: &str| station[key].as_f64().unwrap_or(0.0) / 1000.0;
             let name = station["station"].as_str().unwrap_or("");
-            writeln!(
-                text,
-                "| {name} | {} | {:.2} | {:.2} | {:.2} |",
-                station["count"],
-                ms("p50_us"),
-                ms("p99_us"),
-                ms("max_us")
-            )?;
+            let [p50, p99, p999, max] = ["p50_us", "p99_us", "p999_us", "max_us"].map(ms);
+            writeln!(text, "| {name} | {} | {p50:.2} | {p99:.2} | {p999:.2} | {max:.2} |", station["count"])?;
         }
-        Ok(text)
+    }
+    Ok(text)
+}
+
+fn shown(metric: &str, value: f64) -> String {
+    if metric.ends_with("bytes_per_s") { format!("{:.0} MB/s", value / 1e6) } else { rounded(value) }
+}
+
+/// Three digits that mean something.
+fn rounded(value: f64) -> String {
+    match value.abs() {
+        size if size >= 100.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        size if size >= 0.1 || size == 0.0 => format!("{value:.2}"),
+        _ => format!("{value:.4}"),
     }
 }
 
@@ -100,9 +179,7 @@ pub(crate) fn write_folder(
     summary: &str,
     files: &[(&str, String)],
 ) -> Result<(), Box<dyn Error>> {
-    let date = shell("date", &["+%Y-%m-%d-%H%M"]);
-    let folder = out.join(format!("{date}-{name}"));
-    std::fs::create_dir_all(&folder)?;
+    let folder = folder(out, name)?;
     for (name, text) in files {
         std::fs::write(folder.join(name), text)?;
     }
@@ -120,11 +197,14 @@ pub(crate) fn shell(program: &str, arguments: &[&str]) -> String {
 
 fn machine(scratch: &Path) -> String {
     let scratch = scratch.display().to_string();
+    let device = "d=$(findmnt -no SOURCE -T \"$0\"); lsblk -do NAME,SIZE,ROTA,PHY-SEC,LOG-SEC,SCHED,MODEL \"$d\"; cat /sys/block/$(basename \"$d\")/queue/{write_cache,fua,nr_requests} 2>/dev/null";
     [
         ("kernel", shell("uname", &["-srvm"])),
         ("cpu", shell("sh", &["-c", "grep -m1 'model name' /proc/cpuinfo; nproc"])),
-        ("memory", shell("sh", &["-c", "head -1 /proc/meminfo"])),
+        ("memory", shell("sh", &["-c", "head -1 /proc/meminfo; cat /sys/kernel/mm/transparent_hugepage/enabled"])),
         ("mount", shell("findmnt", &["-T", &scratch])),
+        ("disk", shell("bash", &["-c", device, &scratch])),
+        ("fio", shell("fio", &["--version"])),
         ("command", std::env::args().collect::<Vec<_>>().join(" ")),
         ("commit", shell("git", &["describe", "--always", "--dirty"])),
     ]

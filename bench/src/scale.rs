@@ -3,8 +3,8 @@
 //! Half of the topics have the tag `Motion`, half `Place`; each chunk has its own range of `f0`, so that
 //! one chunk in all answers a narrow question, and the index alone can say so.
 
-use crate::load::{Client, Server, action, connect};
 use crate::report::{shell, write_folder};
+use crate::server::{Client, Server, action, connect};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use serde_json::{Value, json};
 use std::error::Error;

@@ -1,8 +1,8 @@
 //! How long a start takes after a crash, over catalogs of growing size: interrupted uploads with a chunk and a
 //! full tail each, so that there is a log to replay and segments to seal; page cache dropped.
 
-use crate::load::{Client, Server, action, connect};
 use crate::report::{shell, write_folder};
+use crate::server::{Client, Server, action, connect};
 use arrow::array::{ArrayRef, BinaryArray, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema};
 use arrow_flight::FlightDescriptor;

@@ -83,7 +83,9 @@ impl Config {
     pub(crate) fn check(raw: &Raw, host: &HostFacts) -> Result<Self, ConfigError> {
         let memory_budget = raw.get("memory_budget");
         let memory_budget_bytes = match memory_budget.text.as_str() {
-            "auto" => (host.memory_bytes / 4).min(4 << 30),
+            // More only lets uploads run ahead of the disk: memory that is touched for the first time costs as
+            // much as copying it three times (PERF.md).
+            "auto" => (host.memory_bytes / 8).min(host.cores as u64 * limits::BUDGET_BYTES_PER_CORE),
             _ => size(memory_budget)?,
         };
         let at_least = |key: &str, value: u64, least: u64, what: &str| {
@@ -248,7 +250,7 @@ mod tests {
     #[test]
     fn defaults_are_derived_from_the_host() {
         let config = check_text("").expect("defaults");
-        assert_eq!(config.memory_budget_bytes, 4 << 30);
+        assert_eq!(config.memory_budget_bytes, 2 << 30);
         assert_eq!(config.writers, 4);
         assert_eq!(config.stream_window_bytes, 2 << 20);
     }

@@ -41,7 +41,7 @@ impl Decoder {
     }
 
     /// Checks and decodes one message that is not a schema.
-    pub(crate) async fn decode(&mut self, header: &Bytes, body: Bytes, permit: Permit) -> Result<Decoded, Status> {
+    pub(crate) async fn decode(&mut self, header: &Bytes, body: Buffer, permit: Permit) -> Result<Decoded, Status> {
         let message = parse(header)?;
         match message.header_type() {
             ipc::MessageHeader::RecordBatch => {
@@ -59,7 +59,6 @@ impl Decoder {
                     .header_as_record_batch()
                     .ok_or_else(|| invalid("the message header is not a record batch"))?;
                 let rows = guarded(|| {
-                    let body = Buffer::from(body);
                     ipc::reader::read_record_batch(
                         &body,
                         batch,
@@ -97,10 +96,7 @@ impl Decoder {
                     .header_as_dictionary_batch()
                     .ok_or_else(|| invalid("the message header is not a dictionary"))?;
                 let (schema, dictionaries) = (&self.schema, &mut self.dictionaries);
-                guarded(|| {
-                    let body = Buffer::from(body);
-                    ipc::reader::read_dictionary(&body, dictionary, schema, dictionaries, &version)
-                })?;
+                guarded(|| ipc::reader::read_dictionary(&body, dictionary, schema, dictionaries, &version))?;
                 let permits = self.dictionary_permits.entry(id).or_default();
                 if !delta {
                     permits.clear();
@@ -185,7 +181,7 @@ fn guarded<T>(decode: impl FnOnce() -> Result<T, arrow::error::ArrowError>) -> R
     }
 }
 
-fn aligned(body: &Bytes) -> bool {
+fn aligned(body: &Buffer) -> bool {
     (body.as_ptr() as usize).is_multiple_of(16)
 }
 

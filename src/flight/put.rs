@@ -5,6 +5,7 @@
 //! go out while the stream runs and coalesce by themselves: a client that never reads them is never
 //! blocked. The work is a task of its own: a client that goes away cannot stop it half-way.
 
+use crate::flight::assemble::Incoming;
 use crate::flight::decode::{self, Decoded, Decoder};
 use crate::flight::dialect::{Connection, Hint};
 use crate::flight::service::Shared;
@@ -139,6 +140,12 @@ impl Ingest {
         }
     }
 
+    /// What the layer put together, or tonic's own message where it was compressed.
+    fn admitted(&self, message: FlightData) -> Result<(Permit, Incoming), Status> {
+        let (permit, whole) = self.monitor.take().ok_or_else(|| Status::internal("a message without its permit"))?;
+        Ok((permit, whole.unwrap_or_else(|| message.into())))
+    }
+
     /// Reads descriptor and schema and opens the topic.
     async fn open(&self, stream: &mut Streaming<FlightData>) -> Result<Upload, Status> {
         if *self.shared.health.space.borrow() == Space::Full {
@@ -147,15 +154,15 @@ impl Ingest {
         let mut descriptor = None;
         let first = loop {
             let message = stream.message().await?;
-            // Holds no more than the message itself, which is gone after this.
-            let _permit = self.monitor.take_permit();
             let Some(message) = message else {
                 return Err(invalid(
                     "the stream ended without a schema; the first message carries descriptor and schema",
                 ));
             };
-            descriptor = descriptor.or_else(|| message.flight_descriptor.clone());
-            if !message.data_header.is_empty() {
+            // The permit holds no more than the message itself, which is gone after this.
+            let (_permit, message) = self.admitted(message)?;
+            descriptor = descriptor.or_else(|| message.descriptor.clone());
+            if !message.header.is_empty() {
                 break message;
             }
         };
@@ -163,7 +170,7 @@ impl Ingest {
             invalid("DoPut without a descriptor; send a CMD descriptor with resource_locator and topic_uuid")
         })?;
         let (locator, key, resume_from) = target(&descriptor, &self.connection)?;
-        let wire = decode::schema(&first.data_header)?;
+        let wire = decode::schema(&first.header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
         self.monitor.set_overhead(crate::limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
         Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), resume_from).await?)
@@ -204,18 +211,18 @@ impl Ingest {
                 return Ok(self.monitor.end());
             };
             let arrived = Instant::now();
-            let permit = self.monitor.take_permit().ok_or_else(|| Status::internal("a message without its permit"))?;
-            if message.data_header.is_empty() {
+            let (permit, message) = self.admitted(message)?;
+            if message.header.is_empty() {
                 continue;
             }
-            match decoder.decode(&message.data_header, message.data_body, permit).await? {
+            match decoder.decode(&message.header, message.body, permit).await? {
                 Decoded::Dictionary => {}
                 Decoded::Batch(rows, decode_permit, permit) => {
-                    let batch = check_batch(&upload.schema, &rows, permit, decode_permit, arrived)?;
-                    self.shared.stats.record(Station::Decode, arrived.elapsed());
                     if self.shared.null_sink {
                         continue;
                     }
+                    let batch = check_batch(&upload.schema, &rows, permit, decode_permit, arrived)?;
+                    self.shared.stats.record(Station::Decode, arrived.elapsed());
                     let number = next_batch;
                     next_batch += 1;
                     if number < upload.durable.batches {

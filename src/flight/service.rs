@@ -73,6 +73,7 @@ impl Shared {
                 })
             })
             .collect();
+        let catalog = self.lifecycle.catalog.written();
         let memory = limits::memory_sum(&self.config);
         let sum: u64 = memory.iter().map(|(_, bytes)| bytes).sum();
         let parts: serde_json::Map<String, Value> =
@@ -100,6 +101,11 @@ impl Shared {
                 "footer": load(&self.counters.footer),
                 "rewrite": load(&self.counters.rewrite),
                 "read": load(&self.counters.read),
+            },
+            "catalog_bytes": {
+                "log": catalog.log,
+                "flush": catalog.flush,
+                "compaction": catalog.compaction,
             },
             "stored": self.stored_totals()?,
             "since_start": {

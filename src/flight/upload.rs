@@ -4,8 +4,10 @@
 //! held, so back-pressure is HTTP/2's own (INV-7); a message over the limit is refused by its header;
 //! how the upload ended is what HTTP/2 said (INV-12): tonic reports a cancelled stream as a clean
 //! `None` and drops half a message silently, so this layer notes END_STREAM and message boundaries
-//! itself. A message that stalls half-way loses its permit and its stream.
+//! itself. A message that stalls half-way loses its permit and its stream. A message is put together here
+//! ([`crate::flight::assemble`]); tonic gets an empty one in its place, and keeps the order.
 
+use crate::flight::assemble::{Assembler, Incoming};
 use crate::ingest::admit::{Permit, Pool};
 use crate::stats::{Station, Stats};
 use bytes::{Buf, Bytes};
@@ -44,16 +46,19 @@ pub(crate) struct Monitor {
     overhead: AtomicU64,
 }
 
+/// A message that was admitted, with what it holds; `None`: tonic has it, because it is compressed.
+pub(crate) type Admitted = (Permit, Option<Incoming>);
+
 #[derive(Debug, Default)]
 struct MonitorState {
-    permits: VecDeque<Permit>,
+    messages: VecDeque<Admitted>,
     end: Option<UploadEnd>,
 }
 
 impl Monitor {
-    /// The permit of the next message, in order.
-    pub(crate) fn take_permit(&self) -> Option<Permit> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).permits.pop_front()
+    /// The next message, in order.
+    pub(crate) fn take(&self) -> Option<Admitted> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).messages.pop_front()
     }
 
     /// How the stream ended; asked once the messages are over.
@@ -66,8 +71,8 @@ impl Monitor {
         self.overhead.store(bytes, Ordering::Relaxed);
     }
 
-    fn put_permit(&self, permit: Permit) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).permits.push_back(permit);
+    fn put(&self, permit: Permit, message: Option<Incoming>) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).messages.push_back((permit, message));
     }
 
     fn note_end(&self, end: UploadEnd) {
@@ -134,9 +139,14 @@ enum State {
     Header { have: usize },
     /// The header is read; the permit is waited for.
     Claim { claim: Pin<Box<dyn Future<Output = Permit> + Send>>, since: Instant, length: u64 },
-    /// So much of the message is still to come.
-    Message { left: u64 },
+    /// So much of a compressed message is still to come; tonic takes it.
+    Compressed { left: u64 },
+    /// The message is being put together.
+    Message { permit: Option<Permit>, assembler: Assembler },
 }
+
+/// An empty, uncompressed message.
+const EMPTY_MESSAGE: [u8; HEADER_BYTES] = [0; HEADER_BYTES];
 
 struct UploadBody {
     inner: tonic::body::Body,
@@ -212,12 +222,17 @@ impl UploadBody {
                     let permit = ready!(claim.as_mut().poll(cx));
                     self.limits.stats.record(Station::Admit, since.elapsed());
                     let left = *length;
-                    self.monitor.put_permit(permit);
                     self.restart_stall_clock();
-                    self.state = if left == 0 { State::Header { have: 0 } } else { State::Message { left } };
+                    if self.header.first() == Some(&0) {
+                        let assembler = Assembler::new(usize::try_from(left).unwrap_or(usize::MAX));
+                        self.state = State::Message { permit: Some(permit), assembler };
+                        continue;
+                    }
+                    self.monitor.put(permit, None);
+                    self.state = if left == 0 { State::Header { have: 0 } } else { State::Compressed { left } };
                     return Poll::Ready(Ok(Some(Bytes::copy_from_slice(&self.header))));
                 }
-                State::Message { left } => {
+                State::Compressed { left } => {
                     if self.pending.is_empty() {
                         return Poll::Ready(Ok(None));
                     }
@@ -229,6 +244,22 @@ impl UploadBody {
                     self.restart_stall_clock();
                     return Poll::Ready(Ok(Some(self.pending.split_to(take))));
                 }
+                State::Message { permit, assembler } => {
+                    let take = assembler.left().min(self.pending.len());
+                    assembler.add(&self.pending.split_to(take))?;
+                    if assembler.left() > 0 {
+                        if take > 0 {
+                            self.restart_stall_clock();
+                        }
+                        return Poll::Ready(Ok(None));
+                    }
+                    let whole = std::mem::replace(assembler, Assembler::new(0)).finish()?;
+                    if let Some(permit) = permit.take() {
+                        self.monitor.put(permit, Some(whole));
+                    }
+                    self.state = State::Header { have: 0 };
+                    return Poll::Ready(Ok(Some(Bytes::from_static(&EMPTY_MESSAGE))));
+                }
             }
         }
     }
@@ -239,7 +270,8 @@ impl UploadBody {
     }
 
     fn stalled(&mut self, cx: &mut Context<'_>) -> bool {
-        matches!(self.state, State::Message { .. }) && self.stall.as_mut().poll(cx).is_ready()
+        matches!(self.state, State::Message { .. } | State::Compressed { .. })
+            && self.stall.as_mut().poll(cx).is_ready()
     }
 }
 

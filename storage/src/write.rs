@@ -29,6 +29,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
+/// Bytes that are checksummed, then copied: half of a usual second-level cache at most.
+const COPY_BYTES: usize = 128 << 10;
+
 /// What all segment writers of a thread share.
 #[derive(Debug, Clone)]
 pub struct Shared {
@@ -375,9 +378,10 @@ async fn encode<D: Disk>(
     while let Some(pieces) = encoding.step()? {
         for piece in pieces {
             match piece {
-                // A page may be one value of 45 MiB: its parts are submitted as they are copied.
+                // A page may be one value of 45 MiB: its parts are submitted as they are copied. Parts are small
+                // enough to be still in the core's cache for the copy after the checksum.
                 Piece::Page(bytes) => {
-                    for part in bytes.chunks(RING_BUFFER_BYTES) {
+                    for part in bytes.chunks(COPY_BYTES) {
                         crc = crc32c::crc32c_append(crc, part);
                         sink.put(part).await;
                         if slice.elapsed() >= shared.encode_slice || sink.since_breath >= RING_BUFFER_BYTES {

@@ -1,7 +1,7 @@
 //! The load of a power-cut run and the ledger of what its clients were told, each with the length of the
 //! disk's journal at that moment; and the comparison after a cut.
 
-use crate::load::{Client, Server, action, connect};
+use crate::server::{Client, Server, action, connect};
 use arrow::array::{Array, ArrayRef, AsArray, BinaryArray, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 use arrow_flight::decode::FlightRecordBatchStream;

@@ -12,7 +12,7 @@ mod rig;
 
 pub(crate) use rig::FileSystem;
 
-use crate::load::Server;
+use crate::server::Server;
 use journal::{Event, Kind, read_events};
 use rig::{Loop, Mounted, Recorder, Replayer};
 use std::error::Error;

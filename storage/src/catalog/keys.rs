@@ -216,7 +216,7 @@ pub fn skip_open(no: TopicNo, first_row: u64) -> Vec<u8> {
 
 /// Identity of an index column: a tag and a path, over all topics.
 pub fn index_column(tag: &str, path: &str) -> [u8; 16] {
-    xxhash_rust::xxh3::xxh3_128(format!("{tag}.{path}").as_bytes()).to_be_bytes()
+    twox_hash::XxHash3_128::oneshot(format!("{tag}.{path}").as_bytes()).to_be_bytes()
 }
 
 /// `skip`: one column of one topic, from the block that starts at a chunk on.

@@ -18,6 +18,7 @@ pub use look::{Look, Visit};
 use crate::error::{Result, StorageError};
 use crate::limits;
 use keys::Family;
+use rocksdb::statistics::{StatsLevel, Ticker};
 use rocksdb::{
     BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode,
     DBWithThreadMode, IteratorMode, LogLevel, MultiThreaded, Options, WriteBatch, WriteBufferManager,
@@ -42,6 +43,19 @@ struct Shared {
     direct: bool,
     memtable_bytes: usize,
     simulated: Simulated,
+    /// What every opening starts from; holds RocksDB's counters, which go on when it is opened again.
+    base: Options,
+}
+
+/// Bytes that RocksDB gave to the disk since the program started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CatalogBytes {
+    /// Its write-ahead log.
+    pub log: u64,
+    /// Memtables written as tables.
+    pub flush: u64,
+    /// Tables merged into others.
+    pub compaction: u64,
 }
 
 /// What simulations do to a catalog; nothing of it in the program.
@@ -102,12 +116,15 @@ impl Catalog {
     }
 
     fn open_sized(path: &Path, direct: bool, memtable_bytes: usize, simulated: Simulated) -> Result<Self> {
-        let db = RwLock::new(Some(Arc::new(Self::open_db(path, direct, memtable_bytes)?)));
-        Ok(Self { shared: Arc::new(Shared { db, path: path.to_owned(), direct, memtable_bytes, simulated }) })
+        let mut base = Options::default();
+        base.enable_statistics();
+        base.set_statistics_level(StatsLevel::ExceptHistogramOrTimers);
+        let db = RwLock::new(Some(Arc::new(Self::open_db(&base, path, direct, memtable_bytes)?)));
+        Ok(Self { shared: Arc::new(Shared { db, path: path.to_owned(), direct, memtable_bytes, simulated, base }) })
     }
 
-    fn open_db(path: &Path, direct: bool, memtable_bytes: usize) -> Result<Db> {
-        let mut options = Options::default();
+    fn open_db(base: &Options, path: &Path, direct: bool, memtable_bytes: usize) -> Result<Db> {
+        let mut options = base.clone();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
         // One log for all families: bounded, synced per group, its blocks used again (legal only
@@ -178,9 +195,19 @@ impl Catalog {
                 }
             }
         }
-        let db = Self::open_db(&self.shared.path, self.shared.direct, self.shared.memtable_bytes)?;
+        let db = Self::open_db(&self.shared.base, &self.shared.path, self.shared.direct, self.shared.memtable_bytes)?;
         *self.shared.db.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(db));
         Ok(())
+    }
+
+    /// Bytes that RocksDB gave to the disk since the program started, by its own counters.
+    pub fn written(&self) -> CatalogBytes {
+        let count = |ticker| self.shared.base.get_ticker_count(ticker);
+        CatalogBytes {
+            log: count(Ticker::WalFileBytes),
+            flush: count(Ticker::FlushWriteBytes),
+            compaction: count(Ticker::CompactWriteBytes),
+        }
     }
 
     /// How many changes RocksDB has counted: it only grows, unless a log ended early.

@@ -3,15 +3,18 @@
 //! Guarantees: columns come out one after another, pages in file order, so the caller can copy each
 //! page straight to its place and checksum it on the way; a step encodes about
 //! [`limits::PAGE_BYTES`] of one field (or one value, if that is larger).
+//! Plain columns come as pieces of the batches' own memory (`plain.rs`); those that are compressed, or of a type
+//! that Parquet stores in another shape, go through Parquet's writer.
 //! Does not know: where the bytes go. Statistics and dictionaries are off in the Parquet writer: the
 //! skip index computes its own, once.
 
+use crate::chunk::plain::{self, Column, Leaf, Page};
 use crate::chunk::record::ColumnRecord;
 use crate::error::{Result, StorageError};
 use crate::limits;
 use crate::ontology::Derived;
 use arrow::array::RecordBatch;
-use arrow::datatypes::{DataType, SchemaRef};
+use arrow::datatypes::{DataType, Field, SchemaRef};
 use bytes::Bytes;
 use parquet::arrow::ArrowSchemaConverter;
 use parquet::arrow::arrow_writer::{
@@ -22,7 +25,7 @@ use parquet::basic::Encoding;
 use parquet::errors::ParquetError;
 use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
 use parquet::file::writer::SerializedFileWriter;
-use parquet::schema::types::{ColumnPath, SchemaDescPtr};
+use parquet::schema::types::{ColumnPath, SchemaDescPtr, SchemaDescriptor};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -98,8 +101,31 @@ pub struct TopicEncoder {
     factory: ArrowRowGroupWriterFactory,
     queues: Arc<QueueFactory>,
     schema: SchemaRef,
+    /// Of each field.
+    plans: Arc<[Plan]>,
     descriptor: SchemaDescPtr,
     derived: Vec<Derived>,
+}
+
+/// How a field is encoded.
+#[derive(Debug)]
+enum Plan {
+    /// Straight out of memory.
+    Plain(Vec<Leaf>),
+    /// By Parquet's writer: so many leaves.
+    Writer(usize),
+}
+
+fn plans(schema: &SchemaRef, descriptor: &SchemaDescriptor, plain: bool) -> Arc<[Plan]> {
+    let mut columns = descriptor.columns();
+    let plan = |field: &Arc<Field>| {
+        let count = field_leaves(field.data_type()).min(columns.len());
+        let (own, rest) = columns.split_at(count);
+        columns = rest;
+        let leaves = if plain { plain::leaves(field, own) } else { None };
+        leaves.map_or(Plan::Writer(count), Plan::Plain)
+    };
+    schema.fields().iter().map(plan).collect()
 }
 
 impl TopicEncoder {
@@ -114,7 +140,10 @@ impl TopicEncoder {
         let queues = Arc::new(QueueFactory::default());
         let factory = ArrowRowGroupWriterFactory::new(&writer, Arc::clone(schema))
             .with_page_store_factory(Arc::clone(&queues) as Arc<dyn PageStoreFactory>);
-        Ok(Self { factory, queues, schema: Arc::clone(schema), descriptor: Arc::new(descriptor), derived: Vec::new() })
+        let plain = format == Format::Image || compression == Compression::None;
+        let plans = plans(schema, &descriptor, plain);
+        let (schema, descriptor) = (Arc::clone(schema), Arc::new(descriptor));
+        Ok(Self { factory, queues, schema, plans, descriptor, derived: Vec::new() })
     }
 
     /// The same, with what its ontology adds to the statistics.
@@ -127,6 +156,12 @@ impl TopicEncoder {
         &self.derived
     }
 
+    /// Whether no column goes through Parquet's writer.
+    #[cfg(test)]
+    pub(super) fn is_plain(&self) -> bool {
+        self.plans.iter().all(|plan| matches!(plan, Plan::Plain(_)))
+    }
+
     /// The Parquet schema of the files.
     pub fn descriptor(&self) -> &SchemaDescPtr {
         &self.descriptor
@@ -137,21 +172,35 @@ impl TopicEncoder {
     /// # Errors
     /// When Parquet cannot make its column writers.
     pub fn begin<'a>(&self, batches: &'a [RecordBatch]) -> Result<ChunkEncoder<'a>> {
-        let writers = self.factory.create_column_writers(0)?;
-        let queues = self.queues.take();
-        if writers.len() != queues.len() {
-            return Err(StorageError::Format { op: "encode", text: "a column has no page queue".to_owned() });
+        let mut waiting = VecDeque::new();
+        if self.plans.iter().any(|plan| matches!(plan, Plan::Writer(_))) {
+            let writers = self.factory.create_column_writers(0)?;
+            let queues = self.queues.take();
+            if writers.len() != queues.len() {
+                return Err(StorageError::Format { op: "encode", text: "a column has no page queue".to_owned() });
+            }
+            waiting.extend(writers.into_iter().zip(queues));
         }
         Ok(ChunkEncoder {
             batches,
             schema: Arc::clone(&self.schema),
-            waiting: writers.into_iter().zip(queues).collect::<VecDeque<_>>(),
+            plans: Arc::clone(&self.plans),
+            waiting,
             current: Vec::new(),
             field: 0,
-            batch: 0,
-            row: 0,
+            leaf: 0,
+            place: Place::default(),
+            page: Page::default(),
+            column: ColumnRecord::default(),
         })
     }
+}
+
+/// How far a column has come.
+#[derive(Debug, Default, Clone, Copy)]
+struct Place {
+    batch: usize,
+    row: usize,
 }
 
 /// One chunk on its way to pages. Call [`Self::step`] until it returns `None`.
@@ -159,13 +208,19 @@ impl TopicEncoder {
 pub struct ChunkEncoder<'a> {
     batches: &'a [RecordBatch],
     schema: SchemaRef,
-    /// Leaf writers of the fields to come.
+    plans: Arc<[Plan]>,
+    /// Leaf writers of the fields to come; empty if none is needed.
     waiting: VecDeque<(ArrowColumnWriter, PageQueue)>,
     /// Leaf writers of the field under way.
     current: Vec<(ArrowColumnWriter, PageQueue)>,
     field: usize,
-    batch: usize,
-    row: usize,
+    /// Of a plain field.
+    leaf: usize,
+    place: Place,
+    /// What a plain page has so far.
+    page: Page,
+    /// What a plain column has so far.
+    column: ColumnRecord,
 }
 
 impl ChunkEncoder<'_> {
@@ -174,49 +229,105 @@ impl ChunkEncoder<'_> {
     /// # Errors
     /// When a value does not fit its declared type (a null in a non-nullable field).
     pub fn step(&mut self) -> Result<Option<Vec<Piece>>> {
+        let plans = Arc::clone(&self.plans);
+        match plans.get(self.field) {
+            None => Ok(None),
+            Some(Plan::Plain(leaves)) => self.step_plain(leaves).map(Some),
+            Some(Plan::Writer(leaves)) => self.step_writer(*leaves).map(Some),
+        }
+    }
+
+    /// Fills a page from as many batches as it takes.
+    fn step_plain(&mut self, leaves: &[Leaf]) -> Result<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        let Some(leaf) = leaves.get(self.leaf) else {
+            self.skip_writers(leaves.len());
+            self.next_field();
+            return Ok(pieces);
+        };
+        while let Some(batch) = self.batches.get(self.place.batch)
+            && self.page.weight() < limits::PAGE_BYTES
+        {
+            let array = batch.column(self.field);
+            let column = Column::new(leaf, array)?;
+            while self.place.row < batch.num_rows() && self.page.weight() < limits::PAGE_BYTES {
+                let rows = slice_rows(batch.num_rows(), self.place.row, array.get_buffer_memory_size());
+                column.add(self.place.row..self.place.row + rows, &mut self.page)?;
+                self.place.row += rows;
+            }
+            if self.place.row >= batch.num_rows() {
+                self.place = Place { batch: self.place.batch + 1, row: 0 };
+            }
+        }
+        let over = self.place.batch >= self.batches.len();
+        // A column without rows has no page.
+        if !self.page.is_empty() {
+            let mut page = Vec::new();
+            let (bytes, values) = self.page.finish(leaf, &mut page)?;
+            self.column.encoded_bytes += bytes;
+            self.column.plain_bytes += bytes;
+            self.column.values += values;
+            pieces.extend(page.into_iter().map(Piece::Page));
+        }
+        if over {
+            let encodings = encoding_bit(Encoding::PLAIN) | encoding_bit(Encoding::RLE);
+            pieces.push(Piece::ColumnEnd(ColumnRecord { encodings, ..std::mem::take(&mut self.column) }));
+            self.leaf += 1;
+            self.place = Place::default();
+        }
+        Ok(pieces)
+    }
+
+    /// Writers are made for all columns or for none: those of plain fields are not used.
+    fn skip_writers(&mut self, leaves: usize) {
+        self.waiting.drain(..leaves.min(self.waiting.len()));
+    }
+
+    fn next_field(&mut self) {
+        self.field += 1;
+        self.leaf = 0;
+        self.place = Place::default();
+    }
+
+    fn step_writer(&mut self, leaves: usize) -> Result<Vec<Piece>> {
+        let mut pieces = Vec::new();
         let Some(field) = self.schema.fields().get(self.field).cloned() else {
-            return Ok(None);
+            return Ok(pieces);
         };
         if self.current.is_empty() {
-            self.batch = 0;
-            self.row = 0;
-            let leaves = self.waiting.len().min(field_leaves(field.data_type()));
-            self.current = self.waiting.drain(..leaves).collect();
+            self.current = self.waiting.drain(..leaves.min(self.waiting.len())).collect();
         }
-        let mut pieces = Vec::new();
-        if let Some(batch) = self.batches.get(self.batch) {
+        if let Some(batch) = self.batches.get(self.place.batch) {
             let column = batch.column(self.field);
-            let rows = self.slice_rows(batch.num_rows(), column.get_buffer_memory_size());
-            let slice = column.slice(self.row, rows);
+            let rows = slice_rows(batch.num_rows(), self.place.row, column.get_buffer_memory_size());
+            let slice = column.slice(self.place.row, rows);
             for ((writer, _), leaf) in self.current.iter_mut().zip(compute_leaves(&field, &slice)?) {
                 writer.write(&leaf)?;
             }
-            self.row += rows;
-            if self.row >= batch.num_rows() {
-                self.batch += 1;
-                self.row = 0;
+            self.place.row += rows;
+            if self.place.row >= batch.num_rows() {
+                self.place = Place { batch: self.place.batch + 1, row: 0 };
             }
             if let Some((_, queue)) = self.current.first() {
                 drain(queue, &mut pieces);
             }
         }
-        if self.batch >= self.batches.len() {
+        if self.place.batch >= self.batches.len() {
             for (writer, queue) in self.current.drain(..) {
                 let chunk = writer.close()?;
                 drain(&queue, &mut pieces);
                 pieces.push(Piece::ColumnEnd(column_record(&chunk)));
             }
-            self.field += 1;
+            self.next_field();
         }
-        Ok(Some(pieces))
+        Ok(pieces)
     }
+}
 
-    /// Rows of this batch's column that make about one page.
-    fn slice_rows(&self, rows: usize, column_bytes: usize) -> usize {
-        let left = rows - self.row;
-        let row_bytes = (column_bytes / rows.max(1)).max(1);
-        left.min((limits::PAGE_BYTES / row_bytes).max(1))
-    }
+/// Rows from a row on of this batch's column that make about one page.
+fn slice_rows(rows: usize, row: usize, column_bytes: usize) -> usize {
+    let row_bytes = (column_bytes / rows.max(1)).max(1);
+    (rows - row).min((limits::PAGE_BYTES / row_bytes).max(1))
 }
 
 fn drain(queue: &PageQueue, pieces: &mut Vec<Piece>) {

@@ -5,23 +5,27 @@
 //! batch again sends them again. XXH3-128; not cryptographic.
 
 use arrow::array::{Array, ArrayData, RecordBatch, layout};
+use arrow::buffer::BooleanBuffer;
 use arrow::datatypes::DataType;
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::xxhash3_128::Hasher;
+
+/// Offsets that are hashed at once.
+const OFFSETS: usize = 512;
 
 /// Hashes the values of a batch.
 pub fn batch_hash(batch: &RecordBatch) -> u128 {
-    let mut hasher = Xxh3::new();
-    hasher.update(&(batch.num_rows() as u64).to_le_bytes());
+    let mut hasher = Hasher::new();
+    hasher.write(&(batch.num_rows() as u64).to_le_bytes());
     for column in batch.columns() {
         hash_data(&mut hasher, &column.to_data());
     }
-    hasher.digest128()
+    hasher.finish_128()
 }
 
-fn hash_data(hasher: &mut Xxh3, data: &ArrayData) {
-    hasher.update(&(data.len() as u64).to_le_bytes());
+fn hash_data(hasher: &mut Hasher, data: &ArrayData) {
+    hasher.write(&(data.len() as u64).to_le_bytes());
     if let Some(nulls) = data.nulls().filter(|nulls| nulls.null_count() > 0) {
-        hash_bits(hasher, data.len(), |index| nulls.is_null(index));
+        hash_bits(hasher, nulls.inner(), true);
     }
     match data.data_type() {
         DataType::Utf8 | DataType::Binary => hash_offsets::<i32>(hasher, data, true),
@@ -30,8 +34,7 @@ fn hash_data(hasher: &mut Xxh3, data: &ArrayData) {
         DataType::LargeList(_) => hash_offsets::<i64>(hasher, data, false),
         DataType::Boolean => {
             if let Some(values) = data.buffers().first() {
-                let bits = arrow::buffer::BooleanBuffer::new(values.clone(), data.offset(), data.len());
-                hash_bits(hasher, data.len(), |index| bits.value(index));
+                hash_bits(hasher, &BooleanBuffer::new(values.clone(), data.offset(), data.len()), false);
             }
         }
         DataType::Struct(_) => {
@@ -50,7 +53,7 @@ fn hash_data(hasher: &mut Xxh3, data: &ArrayData) {
 }
 
 /// Fixed-width values slice cleanly; anything else (views) is hashed by the whole of its buffers.
-fn hash_plain(hasher: &mut Xxh3, data: &ArrayData) {
+fn hash_plain(hasher: &mut Hasher, data: &ArrayData) {
     let specs = layout(data.data_type()).buffers;
     for (index, buffer) in data.buffers().iter().enumerate() {
         let width = match specs.get(index) {
@@ -59,14 +62,14 @@ fn hash_plain(hasher: &mut Xxh3, data: &ArrayData) {
         };
         let from = (data.offset() * width).min(buffer.len());
         let to = if width == 0 { buffer.len() } else { ((data.offset() + data.len()) * width).min(buffer.len()) };
-        hasher.update(buffer.get(from..to).unwrap_or(&[]));
+        hasher.write(buffer.get(from..to).unwrap_or(&[]));
     }
     for child in data.child_data() {
         hash_data(hasher, child);
     }
 }
 
-fn hash_offsets<O: arrow::array::OffsetSizeTrait>(hasher: &mut Xxh3, data: &ArrayData, bytes: bool) {
+fn hash_offsets<O: arrow::array::OffsetSizeTrait>(hasher: &mut Hasher, data: &ArrayData, bytes: bool) {
     let Some(offsets) = data.buffers().first().filter(|_| !data.is_empty()) else {
         return;
     };
@@ -77,27 +80,35 @@ fn hash_offsets<O: arrow::array::OffsetSizeTrait>(hasher: &mut Xxh3, data: &Arra
     let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
         return;
     };
-    for offset in offsets {
-        hasher.update(&(offset.as_usize() - first.as_usize()).to_le_bytes());
+    let mut bytes_of = [0; OFFSETS * size_of::<u64>()];
+    for offsets in offsets.chunks(OFFSETS) {
+        let (places, _) = bytes_of.as_chunks_mut::<{ size_of::<u64>() }>();
+        for (place, offset) in places.iter_mut().zip(offsets) {
+            *place = ((offset.as_usize() - first.as_usize()) as u64).to_le_bytes();
+        }
+        hasher.write(bytes_of.get(..size_of_val(offsets) / size_of::<O>() * size_of::<u64>()).unwrap_or(&[]));
     }
     let range = first.as_usize()..last.as_usize();
     if bytes {
-        hasher.update(data.buffers().get(1).and_then(|values| values.get(range)).unwrap_or(&[]));
+        hasher.write(data.buffers().get(1).and_then(|values| values.get(range)).unwrap_or(&[]));
     } else if let Some(child) = data.child_data().first() {
         hash_data(hasher, &child.slice(range.start, range.len()));
     }
 }
 
-fn hash_bits(hasher: &mut Xxh3, length: usize, bit: impl Fn(usize) -> bool) {
-    let mut word = 0_u64;
-    for index in 0..length {
-        word = (word << 1) | u64::from(bit(index));
-        if index % 64 == 63 {
-            hasher.update(&word.to_le_bytes());
-            word = 0;
-        }
+/// Bits in words of 64, first bit highest; the last word has the rest, lowest.
+fn hash_bits(hasher: &mut Hasher, bits: &BooleanBuffer, inverted: bool) {
+    let flip = if inverted { u64::MAX } else { 0 };
+    let chunks = bits.bit_chunks();
+    for chunk in chunks.iter() {
+        hasher.write(&(chunk ^ flip).reverse_bits().to_le_bytes());
     }
-    hasher.update(&word.to_le_bytes());
+    let left = chunks.remainder_len() as u32;
+    let rest = match left {
+        0 => 0,
+        left => (chunks.remainder_bits() ^ flip).reverse_bits() >> (u64::BITS - left),
+    };
+    hasher.write(&rest.to_le_bytes());
 }
 
 #[cfg(test)]
@@ -119,6 +130,31 @@ mod tests {
             vec![Arc::new(Int64Array::from(times)), Arc::new(StringArray::from(texts)), Arc::new(lists)],
         )
         .expect("batch")
+    }
+
+    #[test]
+    fn the_hash_is_xxh3_with_128_bits() {
+        // From the reference implementation: the empty input.
+        assert_eq!(Hasher::new().finish_128(), 0x99aa_06d3_0147_98d8_6001_c324_468d_497f);
+    }
+
+    #[test]
+    fn bits_are_hashed_in_words_first_bit_highest() {
+        for length in [0, 1, 63, 64, 65, 200] {
+            let bits: BooleanBuffer = (0..length).map(|at| at % 3 == 0 || at % 7 == 1).collect();
+            let (mut one_by_one, mut word) = (Hasher::new(), 0_u64);
+            for (at, bit) in bits.iter().enumerate() {
+                word = (word << 1) | u64::from(!bit);
+                if at % 64 == 63 {
+                    one_by_one.write(&word.to_le_bytes());
+                    word = 0;
+                }
+            }
+            one_by_one.write(&word.to_le_bytes());
+            let mut hasher = Hasher::new();
+            hash_bits(&mut hasher, &bits, true);
+            assert_eq!(hasher.finish_128(), one_by_one.finish_128(), "{length} bits");
+        }
     }
 
     #[test]

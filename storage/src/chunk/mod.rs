@@ -1,12 +1,14 @@
 //! From batches to the bytes of one Parquet row group, and back.
 //!
-//! [`encode`] makes the bytes, [`stats`] the typed statistics, [`hash`] the identity of a batch,
+//! [`encode`] makes the bytes (`plain` those that need no work, with `levels`), [`stats`] the typed statistics, [`hash`] the identity of a batch,
 //! [`record`] what the catalog keeps of a chunk, [`decode`] the way back. All of it is CPU work on
 //! values: no file, no offset in a file, no thread.
 
 pub mod decode;
 pub mod encode;
 pub mod hash;
+mod levels;
+mod plain;
 pub mod record;
 pub mod stats;
 
@@ -81,9 +83,14 @@ fn round_trip(stored: &SchemaRef, batch: &RecordBatch) -> Result<RecordBatch> {
 }
 
 fn encode_and_decode(stored: &SchemaRef, batch: &RecordBatch) -> Result<RecordBatch> {
+    let (encoder, bytes, columns) = encode_all(stored, std::slice::from_ref(batch))?;
+    decode_all(stored, &encoder, bytes, &columns, batch.num_rows())
+}
+
+/// One row group of these batches, with the records of its columns.
+fn encode_all(stored: &SchemaRef, batches: &[RecordBatch]) -> Result<(TopicEncoder, Vec<u8>, Vec<ColumnRecord>)> {
     let encoder = TopicEncoder::new(stored, Format::Default, Compression::None)?;
-    let batches = [batch.clone()];
-    let mut chunk = encoder.begin(&batches)?;
+    let mut chunk = encoder.begin(batches)?;
     let mut bytes = Vec::new();
     let mut columns = Vec::new();
     while let Some(pieces) = chunk.step()? {
@@ -94,14 +101,19 @@ fn encode_and_decode(stored: &SchemaRef, batch: &RecordBatch) -> Result<RecordBa
             }
         }
     }
+    Ok((encoder, bytes, columns))
+}
+
+fn decode_all(
+    stored: &SchemaRef,
+    encoder: &TopicEncoder,
+    bytes: Vec<u8>,
+    columns: &[ColumnRecord],
+    rows: usize,
+) -> Result<RecordBatch> {
     let chunk = decode::ChunkBytes::whole(0, Bytes::from(bytes));
-    let group = decode::RowGroup {
-        schema: stored,
-        descriptor: encoder.descriptor(),
-        columns: &columns,
-        rows: batch.num_rows() as u64,
-        base: 0,
-    };
+    let descriptor = encoder.descriptor();
+    let group = decode::RowGroup { schema: stored, descriptor, columns, rows: rows as u64, base: 0 };
     let decoded = decode::decode(group, chunk)?;
     Ok(arrow::compute::concat_batches(stored, &decoded)?)
 }

@@ -8,7 +8,7 @@ use crate::ids::SegmentId;
 use serde::{Deserialize, Serialize};
 
 /// One column chunk of a row group.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ColumnRecord {
     /// Encoded length in the file, page headers included.
     pub encoded_bytes: u64,

@@ -159,7 +159,7 @@ impl Ontology {
 fn fingerprint(schema: &SchemaRef) -> u128 {
     let bare = |field: &Field| form::field_text(field);
     let text: String = schema.fields().iter().map(|field| bare(field)).collect();
-    xxhash_rust::xxh3::xxh3_128(text.as_bytes())
+    twox_hash::XxHash3_128::oneshot(text.as_bytes())
 }
 
 fn columns(stored: &SchemaRef, derived: &[Derived]) -> Vec<String> {

@@ -1,0 +1,718 @@
+//! Parquet pages straight out of Arrow buffers: plain encoding, nothing compressed, values not copied.
+//!
+//! Guarantees: what comes out is what Parquet's own writer would mean (its reader gives back the same rows; tests
+//! hold that for random nestings); values that lie together in memory come as pieces of that memory; levels are
+//! found as runs, so a list of 130,000 points costs two of them. A page ends on a row boundary.
+//! Does not know: columns with another encoding or a codec; those go through Parquet's writer.
+//!
+//! Formats: parquet-format, Encodings.md ("PLAIN = 0") and parquet.thrift (`PageHeader`, compact protocol).
+
+use super::levels::{Runs, varint};
+use crate::error::{Result, StorageError};
+use arrow::array::{
+    Array, ArrayRef, ArrowPrimitiveType, AsArray, BooleanBufferBuilder, OffsetSizeTrait, PrimitiveArray, layout,
+};
+use arrow::buffer::{BooleanBuffer, Buffer, NullBuffer, OffsetBuffer};
+use arrow::datatypes::{DataType, Field, Int8Type, Int16Type, UInt8Type, UInt16Type};
+use bytes::Bytes;
+use parquet::basic::Type as Physical;
+use parquet::schema::types::ColumnDescriptor;
+use std::ops::Range;
+
+/// Values from this size on are pieces of their own; smaller ones are copied together.
+const OWN_PIECE_BYTES: usize = 4096;
+
+/// The way from a field down to one of its leaves.
+#[derive(Debug, Clone)]
+pub(super) struct Leaf {
+    steps: Vec<Step>,
+    nullable: bool,
+    max_def: u8,
+    max_rep: u8,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    Struct {
+        nullable: bool,
+        child: usize,
+    },
+    /// Lists of any kind, and maps.
+    List {
+        nullable: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Bits,
+    /// Values of so many bytes.
+    Fixed(usize),
+    /// Integers of one or two bytes, which Parquet stores in four.
+    Narrow(Narrow),
+    /// Offsets of 32 or 64 bits into bytes.
+    Bytes,
+    LargeBytes,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Narrow {
+    Int8,
+    Int16,
+    UInt8,
+    UInt16,
+}
+
+/// The leaves of a field, if all of them can be written this way; `descriptors`: Parquet's own of these leaves.
+pub(super) fn leaves(field: &Field, descriptors: &[impl AsRef<ColumnDescriptor>]) -> Option<Vec<Leaf>> {
+    let mut leaves = Vec::new();
+    collect(field, &mut Vec::new(), &mut leaves)?;
+    let fits = |(leaf, column): (&Leaf, &ColumnDescriptor)| {
+        let physical = match leaf.kind {
+            Kind::Bits => column.physical_type() == Physical::BOOLEAN,
+            Kind::Fixed(4) => matches!(column.physical_type(), Physical::INT32 | Physical::FLOAT),
+            Kind::Fixed(8) => matches!(column.physical_type(), Physical::INT64 | Physical::DOUBLE),
+            Kind::Fixed(_) => false,
+            Kind::Narrow(_) => column.physical_type() == Physical::INT32,
+            Kind::Bytes | Kind::LargeBytes => column.physical_type() == Physical::BYTE_ARRAY,
+        };
+        let fixed = column.physical_type() == Physical::FIXED_LEN_BYTE_ARRAY
+            && usize::try_from(column.type_length()).is_ok_and(|length| leaf.kind == Kind::Fixed(length));
+        (physical || fixed)
+            && i16::from(leaf.max_def) == column.max_def_level()
+            && i16::from(leaf.max_rep) == column.max_rep_level()
+    };
+    let matching =
+        leaves.len() == descriptors.len() && leaves.iter().zip(descriptors.iter().map(AsRef::as_ref)).all(fits);
+    matching.then_some(leaves)
+}
+
+/// Adds the leaves below a field; `None`: one of them is of a type that is not handled.
+fn collect(field: &Field, steps: &mut Vec<Step>, leaves: &mut Vec<Leaf>) -> Option<()> {
+    let nullable = field.is_nullable();
+    let kind = match field.data_type() {
+        DataType::Struct(fields) if !fields.is_empty() => {
+            for (child, field) in fields.iter().enumerate() {
+                steps.push(Step::Struct { nullable, child });
+                collect(field, steps, leaves)?;
+                steps.pop();
+            }
+            return Some(());
+        }
+        DataType::List(child)
+        | DataType::LargeList(child)
+        | DataType::FixedSizeList(child, _)
+        | DataType::Map(child, _) => {
+            steps.push(Step::List { nullable });
+            collect(child, steps, leaves)?;
+            steps.pop();
+            return Some(());
+        }
+        DataType::Boolean => Kind::Bits,
+        DataType::Utf8 | DataType::Binary => Kind::Bytes,
+        DataType::LargeUtf8 | DataType::LargeBinary => Kind::LargeBytes,
+        DataType::FixedSizeBinary(width) => Kind::Fixed(usize::try_from(*width).ok().filter(|width| *width > 0)?),
+        DataType::Int8 => Kind::Narrow(Narrow::Int8),
+        DataType::Int16 => Kind::Narrow(Narrow::Int16),
+        DataType::UInt8 => Kind::Narrow(Narrow::UInt8),
+        DataType::UInt16 => Kind::Narrow(Narrow::UInt16),
+        // Stored as they lie in memory. (Decimals are turned round, by Parquet's writer.)
+        DataType::Int32
+        | DataType::UInt32
+        | DataType::Int64
+        | DataType::UInt64
+        | DataType::Float16
+        | DataType::Float32
+        | DataType::Float64
+        | DataType::Timestamp(_, _)
+        | DataType::Date32
+        | DataType::Time32(_)
+        | DataType::Time64(_)
+        | DataType::Duration(_) => match layout(field.data_type()).buffers.first() {
+            Some(arrow::array::BufferSpec::FixedWidth { byte_width, .. }) => Kind::Fixed(*byte_width),
+            _ => return None,
+        },
+        _ => return None,
+    };
+    let nullables = steps.iter().filter(|step| match step {
+        Step::Struct { nullable, .. } | Step::List { nullable } => *nullable,
+    });
+    let lists = steps.iter().filter(|step| matches!(step, Step::List { .. })).count();
+    let max_def = nullables.count() + lists + usize::from(nullable);
+    leaves.push(Leaf {
+        steps: steps.clone(),
+        nullable,
+        max_def: u8::try_from(max_def).ok()?,
+        max_rep: u8::try_from(lists).ok()?,
+        kind,
+    });
+    Some(())
+}
+
+/// A column of one batch on its way down to a leaf.
+pub(super) struct Column<'a> {
+    leaf: &'a Leaf,
+    nodes: Vec<Node>,
+    nulls: Option<NullBuffer>,
+    values: Values,
+}
+
+enum Node {
+    Struct { nullable: bool, nulls: Option<NullBuffer> },
+    List { nullable: bool, nulls: Option<NullBuffer>, offsets: Offsets },
+}
+
+enum Offsets {
+    Small(OffsetBuffer<i32>),
+    Large(OffsetBuffer<i64>),
+    /// Lists of one size.
+    Fixed(usize),
+}
+
+impl Offsets {
+    fn range(&self, index: usize) -> Range<usize> {
+        match self {
+            Self::Small(offsets) => range(offsets, index),
+            Self::Large(offsets) => range(offsets, index),
+            Self::Fixed(size) => index * size..(index + 1) * size,
+        }
+    }
+}
+
+fn range<O: OffsetSizeTrait>(offsets: &OffsetBuffer<O>, index: usize) -> Range<usize> {
+    offsets[index].as_usize()..offsets[index + 1].as_usize()
+}
+
+enum Values {
+    Bits(BooleanBuffer),
+    Fixed { bytes: Buffer, width: usize },
+    Wide(Vec<i32>),
+    Bytes { offsets: Offsets, bytes: Buffer },
+}
+
+/// Nulls that are there; a buffer without any is none.
+fn nulls(array: &ArrayRef) -> Option<NullBuffer> {
+    array.nulls().filter(|nulls| nulls.null_count() > 0).cloned()
+}
+
+impl<'a> Column<'a> {
+    /// Resolves a leaf in a column of the type it was made for.
+    pub(super) fn new(leaf: &'a Leaf, column: &ArrayRef) -> Result<Self> {
+        let mut nodes = Vec::with_capacity(leaf.steps.len());
+        let mut array = column.clone();
+        for step in &leaf.steps {
+            array = match step {
+                Step::Struct { nullable, child } => {
+                    nodes.push(Node::Struct { nullable: *nullable, nulls: nulls(&array) });
+                    match array.data_type() {
+                        DataType::Struct(_) => array.as_struct().columns().get(*child).cloned(),
+                        _ => None,
+                    }
+                    .ok_or_else(|| unexpected(&array))?
+                }
+                Step::List { nullable } => {
+                    let (offsets, values): (_, ArrayRef) = match array.data_type() {
+                        DataType::List(_) => {
+                            let list = array.as_list::<i32>();
+                            (Offsets::Small(list.offsets().clone()), list.values().clone())
+                        }
+                        DataType::LargeList(_) => {
+                            let list = array.as_list::<i64>();
+                            (Offsets::Large(list.offsets().clone()), list.values().clone())
+                        }
+                        DataType::FixedSizeList(_, size) => {
+                            let size = usize::try_from(*size).map_err(|_| unexpected(&array))?;
+                            (Offsets::Fixed(size), array.as_fixed_size_list().values().clone())
+                        }
+                        DataType::Map(_, _) => {
+                            let map = array.as_map();
+                            let entries: ArrayRef = std::sync::Arc::new(map.entries().clone());
+                            (Offsets::Small(map.offsets().clone()), entries)
+                        }
+                        _ => return Err(unexpected(&array)),
+                    };
+                    nodes.push(Node::List { nullable: *nullable, nulls: nulls(&array), offsets });
+                    values
+                }
+            };
+        }
+        let values = values(leaf.kind, &array)?;
+        Ok(Self { leaf, nodes, nulls: nulls(&array), values })
+    }
+
+    /// Adds rows to a page.
+    pub(super) fn add(&self, rows: Range<usize>, page: &mut Page) -> Result<()> {
+        let place = Place { def: 0, first_rep: 0, depth: 0 };
+        self.walk(&self.nodes, rows, place, page)
+    }
+
+    fn walk(&self, nodes: &[Node], slots: Range<usize>, place: Place, page: &mut Page) -> Result<()> {
+        let Some((node, below)) = nodes.split_first() else {
+            let deeper = place.deeper(usize::from(self.leaf.nullable));
+            return in_runs(self.nulls.as_ref(), self.leaf.nullable, slots, place, |slots, valid, place| {
+                let at = if valid { deeper.def } else { place.def };
+                page.levels(self.leaf, at, place, slots.len());
+                if valid {
+                    page.values(&self.values, slots);
+                }
+                Ok(())
+            });
+        };
+        match node {
+            Node::Struct { nullable, nulls } => {
+                in_runs(nulls.as_ref(), *nullable, slots, place, |slots, valid, place| {
+                    if valid {
+                        self.walk(below, slots, place.deeper(usize::from(*nullable)), page)
+                    } else {
+                        page.levels(self.leaf, place.def, place, slots.len());
+                        Ok(())
+                    }
+                })
+            }
+            Node::List { nullable, nulls, offsets } => {
+                in_runs(nulls.as_ref(), *nullable, slots, place, |slots, valid, place| {
+                    if !valid {
+                        page.levels(self.leaf, place.def, place, slots.len());
+                        return Ok(());
+                    }
+                    let there = place.deeper(usize::from(*nullable));
+                    for slot in slots.clone() {
+                        let first_rep = if slot == slots.start { place.first_rep } else { place.depth };
+                        let there = Place { first_rep, ..there };
+                        let items = offsets.range(slot);
+                        if items.is_empty() {
+                            page.levels(self.leaf, there.def, there, 1);
+                        } else {
+                            let inside = Place { depth: place.depth + 1, ..there.deeper(1) };
+                            self.walk(below, items, inside, page)?;
+                        }
+                    }
+                    Ok(())
+                })
+            }
+        }
+    }
+}
+
+/// Where in the nesting a range of slots lies.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    def: u8,
+    /// Repetition level of the first slot; of the others it is `depth`.
+    first_rep: u8,
+    depth: u8,
+}
+
+impl Place {
+    fn deeper(self, levels: usize) -> Self {
+        // At most 255, which was checked with the schema.
+        Self { def: self.def.saturating_add(levels as u8), ..self }
+    }
+}
+
+/// Calls for each run of valid or null slots, in order.
+fn in_runs(
+    nulls: Option<&NullBuffer>,
+    nullable: bool,
+    slots: Range<usize>,
+    place: Place,
+    mut run: impl FnMut(Range<usize>, bool, Place) -> Result<()>,
+) -> Result<()> {
+    if slots.is_empty() {
+        return Ok(());
+    }
+    let Some(nulls) = nulls else {
+        return run(slots, true, place);
+    };
+    let mut place = place;
+    let mut at = slots.start;
+    let valid = nulls.inner().slice(slots.start, slots.len());
+    let valid = valid.set_slices().map(|(from, to)| slots.start + from..slots.start + to);
+    for valid in valid.chain(std::iter::once(slots.end..slots.end)) {
+        if at < valid.start {
+            if !nullable {
+                return Err(StorageError::Format { op: "encode", text: "a null in a field that has none".to_owned() });
+            }
+            run(at..valid.start, false, place)?;
+            place.first_rep = place.depth;
+        }
+        at = valid.end;
+        if !valid.is_empty() {
+            run(valid, true, place)?;
+            place.first_rep = place.depth;
+        }
+    }
+    Ok(())
+}
+
+fn unexpected(array: &ArrayRef) -> StorageError {
+    let text = format!("a column of {} where the schema has another type", array.data_type());
+    StorageError::Format { op: "encode", text }
+}
+
+fn values(kind: Kind, array: &ArrayRef) -> Result<Values> {
+    let bytes = |offsets, bytes: &Buffer| Ok(Values::Bytes { offsets, bytes: bytes.clone() });
+    match (kind, array.data_type()) {
+        (Kind::Bits, DataType::Boolean) => Ok(Values::Bits(array.as_boolean().values().clone())),
+        (Kind::Fixed(width), _) => {
+            let data = array.to_data();
+            let bytes = data.buffers().first().ok_or_else(|| unexpected(array))?;
+            Ok(Values::Fixed { bytes: bytes.slice_with_length(data.offset() * width, data.len() * width), width })
+        }
+        (Kind::Narrow(narrow), _) => {
+            let wide = match narrow {
+                Narrow::Int8 => array.as_primitive_opt::<Int8Type>().map(widened),
+                Narrow::Int16 => array.as_primitive_opt::<Int16Type>().map(widened),
+                Narrow::UInt8 => array.as_primitive_opt::<UInt8Type>().map(widened),
+                Narrow::UInt16 => array.as_primitive_opt::<UInt16Type>().map(widened),
+            };
+            Ok(Values::Wide(wide.ok_or_else(|| unexpected(array))?))
+        }
+        (Kind::Bytes, DataType::Utf8) => {
+            let array = array.as_string::<i32>();
+            bytes(Offsets::Small(array.offsets().clone()), array.values())
+        }
+        (Kind::Bytes, DataType::Binary) => {
+            let array = array.as_binary::<i32>();
+            bytes(Offsets::Small(array.offsets().clone()), array.values())
+        }
+        (Kind::LargeBytes, DataType::LargeUtf8) => {
+            let array = array.as_string::<i64>();
+            bytes(Offsets::Large(array.offsets().clone()), array.values())
+        }
+        (Kind::LargeBytes, DataType::LargeBinary) => {
+            let array = array.as_binary::<i64>();
+            bytes(Offsets::Large(array.offsets().clone()), array.values())
+        }
+        _ => Err(unexpected(array)),
+    }
+}
+
+fn widened<T: ArrowPrimitiveType<Native: Into<i32>>>(array: &PrimitiveArray<T>) -> Vec<i32> {
+    array.values().iter().map(|value| (*value).into()).collect()
+}
+
+/// A page while it is filled.
+#[derive(Debug, Default)]
+pub(super) struct Page {
+    defs: Runs,
+    reps: Runs,
+    slots: usize,
+    bits: Option<BooleanBufferBuilder>,
+    pieces: Vec<Bytes>,
+    /// Small values, behind the last piece.
+    open: Vec<u8>,
+    value_bytes: usize,
+}
+
+/// Memory of an Arrow buffer as bytes.
+struct Memory(Buffer);
+
+impl AsRef<[u8]> for Memory {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Page {
+    /// About what it will take in the file, in bytes.
+    pub(super) fn weight(&self) -> usize {
+        self.value_bytes + 2 * (self.defs.len() + self.reps.len()) + self.slots / 8
+    }
+
+    /// Whether nothing was added.
+    pub(super) fn is_empty(&self) -> bool {
+        self.slots == 0
+    }
+
+    fn levels(&mut self, leaf: &Leaf, def: u8, place: Place, count: usize) {
+        if leaf.max_def > 0 {
+            self.defs.push(def, count);
+        }
+        if leaf.max_rep > 0 {
+            self.reps.push(place.first_rep, count.min(1));
+            self.reps.push(place.depth, count.saturating_sub(1));
+        }
+        self.slots += count;
+    }
+
+    fn values(&mut self, values: &Values, slots: Range<usize>) {
+        match values {
+            Values::Bits(bits) => {
+                let builder = self.bits.get_or_insert_with(|| BooleanBufferBuilder::new(1024));
+                builder.append_packed_range(bits.offset() + slots.start..bits.offset() + slots.end, bits.values());
+                self.value_bytes = builder.len() / 8;
+            }
+            Values::Fixed { bytes, width } => self.piece(bytes, slots.start * width..slots.end * width),
+            Values::Wide(values) => {
+                let values = values.get(slots).unwrap_or(&[]);
+                self.value_bytes += size_of_val(values);
+                self.open.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            }
+            Values::Bytes { offsets, bytes } => {
+                for slot in slots {
+                    let range = offsets.range(slot);
+                    self.open.extend_from_slice(&(range.len() as u32).to_le_bytes());
+                    self.value_bytes += 4;
+                    self.piece(bytes, range);
+                }
+            }
+        }
+    }
+
+    fn piece(&mut self, bytes: &Buffer, range: Range<usize>) {
+        self.value_bytes += range.len();
+        if range.len() < OWN_PIECE_BYTES {
+            self.open.extend_from_slice(&bytes[range]);
+            return;
+        }
+        self.close_open();
+        self.pieces.push(Bytes::from_owner(Memory(bytes.slice_with_length(range.start, range.len()))));
+    }
+
+    fn close_open(&mut self) {
+        if !self.open.is_empty() {
+            self.pieces.push(Bytes::from(std::mem::take(&mut self.open)));
+        }
+    }
+
+    /// The page in pieces, header first; also its bytes and its values, nulls included. It is empty afterwards.
+    pub(super) fn finish(&mut self, leaf: &Leaf, out: &mut Vec<Bytes>) -> Result<(u64, u64)> {
+        let mut levels = Vec::new();
+        if leaf.max_rep > 0 {
+            self.reps.finish(leaf.max_rep, &mut levels);
+        }
+        if leaf.max_def > 0 {
+            self.defs.finish(leaf.max_def, &mut levels);
+        }
+        if let Some(mut bits) = self.bits.take() {
+            self.open.extend_from_slice(bits.finish().values());
+        }
+        self.close_open();
+        let body = levels.len() + self.pieces.iter().map(Bytes::len).sum::<usize>();
+        let mut header = header(body, self.slots)?;
+        let bytes = (header.len() + body) as u64;
+        header.append(&mut levels);
+        out.push(Bytes::from(header));
+        out.append(&mut self.pieces);
+        let slots = self.slots as u64;
+        *self = Self::default();
+        Ok((bytes, slots))
+    }
+}
+
+/// `PageHeader` of a version 1 data page, in Thrift's compact protocol: field headers are (delta << 4 | type).
+fn header(body: usize, slots: usize) -> Result<Vec<u8>> {
+    const I32: u8 = 0x15;
+    const STRUCT_TWO_ON: u8 = 0x2C;
+    const STOP: u8 = 0;
+    const DATA_PAGE: i32 = 0;
+    const PLAIN: i32 = 0;
+    const RLE: i32 = 3;
+    let too_large = |_| StorageError::Format { op: "encode", text: "a page of more than 2 GiB".to_owned() };
+    let (body, slots) = (i32::try_from(body).map_err(too_large)?, i32::try_from(slots).map_err(too_large)?);
+    let mut out = Vec::with_capacity(32);
+    let number = |out: &mut Vec<u8>, value: i32| {
+        out.push(I32);
+        // Zigzag.
+        varint(u64::from(((value << 1) ^ (value >> 31)) as u32), out);
+    };
+    for value in [DATA_PAGE, body, body] {
+        number(&mut out, value);
+    }
+    out.push(STRUCT_TWO_ON);
+    for value in [slots, PLAIN, RLE, RLE] {
+        number(&mut out, value);
+    }
+    out.extend([STOP, STOP]);
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunk::{decode_all, encode_all};
+    use arrow::array::{
+        BooleanArray, FixedSizeBinaryBuilder, FixedSizeListArray, Float32Array, Int32Array, Int64Array,
+        LargeBinaryArray, LargeListArray, ListArray, MapArray, RecordBatch, StringArray, StructArray,
+    };
+    use arrow::datatypes::{Fields, Schema, SchemaRef};
+    use std::sync::Arc;
+
+    /// Random nestings that are compared.
+    const NESTINGS: u64 = 400;
+
+    /// Marsaglia's xorshift: a seed gives the same nesting everywhere.
+    struct Dice(u64);
+
+    impl Dice {
+        fn below(&mut self, bound: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 >> 11) as usize % bound
+        }
+    }
+
+    fn field(dice: &mut Dice, name: &str, depth: usize) -> Field {
+        Field::new(name, data_type(dice, depth), dice.below(2) == 0)
+    }
+
+    fn data_type(dice: &mut Dice, depth: usize) -> DataType {
+        let leaves = 10;
+        match dice.below(if depth > 0 { leaves + 5 } else { leaves }) {
+            0 => DataType::Boolean,
+            1 => DataType::Int32,
+            2 => DataType::Int64,
+            3 => DataType::Float32,
+            4 => DataType::Utf8,
+            5 => DataType::LargeBinary,
+            6 => DataType::FixedSizeBinary(3),
+            7 => DataType::Float64,
+            8 => DataType::Int8,
+            9 => DataType::UInt16,
+            10 => {
+                let fields: Vec<Field> =
+                    (0..1 + dice.below(3)).map(|at| field(dice, &format!("c{at}"), depth - 1)).collect();
+                DataType::Struct(Fields::from(fields))
+            }
+            11 => DataType::List(Arc::new(field(dice, "item", depth - 1))),
+            12 => DataType::LargeList(Arc::new(field(dice, "item", depth - 1))),
+            13 => {
+                let size = dice.below(4) as i32;
+                DataType::FixedSizeList(Arc::new(field(dice, "item", depth - 1)), size)
+            }
+            _ => {
+                let key = Field::new("keys", DataType::Utf8, false);
+                let entries = Fields::from(vec![key, field(dice, "values", depth - 1)]);
+                DataType::Map(Arc::new(Field::new("entries", DataType::Struct(entries), false)), false)
+            }
+        }
+    }
+
+    /// All valid, all null, in long runs or by chance.
+    fn random_nulls(dice: &mut Dice, length: usize, nullable: bool) -> Option<NullBuffer> {
+        let kind = dice.below(4);
+        let valid: Vec<bool> = match kind {
+            0 => return None,
+            1 => vec![false; length],
+            2 => (0..length).map(|at| at / 20 % 2 == 0).collect(),
+            _ => (0..length).map(|_| dice.below(3) > 0).collect(),
+        };
+        nullable.then(|| NullBuffer::from(valid))
+    }
+
+    fn array(dice: &mut Dice, field: &Field, length: usize) -> ArrayRef {
+        // Longer than needed: what comes in is often a slice.
+        let (before, after) = (dice.below(3), dice.below(3));
+        let all = before + length + after;
+        let nulls = random_nulls(dice, all, field.is_nullable());
+        let valid = |at: usize| nulls.as_ref().is_none_or(|nulls| nulls.is_valid(at));
+        let numbers: Vec<Option<usize>> = (0..all).map(|at| valid(at).then(|| dice.below(1000))).collect();
+        let text = |number: usize| if number > 990 { "long ".repeat(2000) } else { format!("t{number}") };
+        let made: ArrayRef = match field.data_type() {
+            DataType::Boolean => Arc::new(numbers.iter().map(|n| n.map(|n| n % 2 == 0)).collect::<BooleanArray>()),
+            DataType::Int32 => Arc::new(numbers.iter().map(|n| n.map(|n| n as i32 - 500)).collect::<Int32Array>()),
+            DataType::Int64 => Arc::new(numbers.iter().map(|n| n.map(|n| n as i64 - 500)).collect::<Int64Array>()),
+            DataType::Float32 => Arc::new(numbers.iter().map(|n| n.map(|n| n as f32 / 7.0)).collect::<Float32Array>()),
+            DataType::Float64 => {
+                Arc::new(numbers.iter().map(|n| n.map(|n| n as f64 / 7.0)).collect::<arrow::array::Float64Array>())
+            }
+            DataType::Int8 => Arc::new(numbers.iter().map(|n| n.map(|n| n as i8)).collect::<arrow::array::Int8Array>()),
+            DataType::UInt16 => {
+                Arc::new(numbers.iter().map(|n| n.map(|n| 65_535 - n as u16)).collect::<arrow::array::UInt16Array>())
+            }
+            DataType::Utf8 => Arc::new(numbers.iter().map(|n| n.map(text)).collect::<StringArray>()),
+            DataType::LargeBinary => {
+                Arc::new(numbers.iter().map(|n| n.map(|n| text(n).into_bytes())).collect::<LargeBinaryArray>())
+            }
+            DataType::FixedSizeBinary(width) => {
+                let mut builder = FixedSizeBinaryBuilder::new(*width);
+                for number in &numbers {
+                    match number {
+                        Some(number) => builder.append_value([*number as u8, 7, (*number >> 8) as u8]).expect("width"),
+                        None => builder.append_null(),
+                    }
+                }
+                Arc::new(builder.finish())
+            }
+            DataType::Struct(fields) => {
+                let columns = fields.iter().map(|field| array(dice, field, all)).collect();
+                Arc::new(StructArray::new(fields.clone(), columns, nulls))
+            }
+            DataType::List(item) => {
+                let lengths: Vec<usize> = (0..all).map(|_| dice.below(4)).collect();
+                let items = array(dice, item, lengths.iter().sum());
+                Arc::new(ListArray::new(Arc::clone(item), OffsetBuffer::from_lengths(lengths), items, nulls))
+            }
+            DataType::LargeList(item) => {
+                let lengths: Vec<usize> = (0..all).map(|_| dice.below(4)).collect();
+                let items = array(dice, item, lengths.iter().sum());
+                Arc::new(LargeListArray::new(Arc::clone(item), OffsetBuffer::from_lengths(lengths), items, nulls))
+            }
+            DataType::FixedSizeList(item, size) => {
+                let items = array(dice, item, all * *size as usize);
+                let list = FixedSizeListArray::try_new_with_length(Arc::clone(item), *size, items, nulls, all);
+                Arc::new(list.expect("list"))
+            }
+            DataType::Map(entry, _) => {
+                let DataType::Struct(fields) = entry.data_type() else { unreachable!("a map's entries") };
+                let lengths: Vec<usize> = (0..all).map(|_| dice.below(3)).collect();
+                let columns = fields.iter().map(|field| array(dice, field, lengths.iter().sum())).collect();
+                let entries = StructArray::new(fields.clone(), columns, None);
+                Arc::new(MapArray::new(Arc::clone(entry), OffsetBuffer::from_lengths(lengths), entries, nulls, false))
+            }
+            other => unreachable!("{other}"),
+        };
+        made.slice(before, length)
+    }
+
+    fn batches(dice: &mut Dice, schema: &SchemaRef) -> Vec<RecordBatch> {
+        let batch = |dice: &mut Dice| {
+            let rows = dice.below(60);
+            let columns = schema.fields().iter().map(|field| array(dice, field, rows)).collect();
+            RecordBatch::try_new(Arc::clone(schema), columns).expect("batch")
+        };
+        (0..1 + dice.below(4)).map(|_| batch(dice)).collect()
+    }
+
+    #[test]
+    fn parquets_own_reader_gives_back_the_rows_of_400_random_nestings() {
+        for seed in 1..=NESTINGS {
+            let mut dice = Dice(seed * 0x9E37_79B9);
+            let fields: Vec<Field> = (0..1 + dice.below(3)).map(|at| field(&mut dice, &format!("f{at}"), 3)).collect();
+            let schema: SchemaRef = Arc::new(Schema::new(fields));
+            let batches = batches(&mut dice, &schema);
+            let expected = arrow::compute::concat_batches(&schema, &batches).expect("concat");
+            let (encoder, bytes, columns) = encode_all(&schema, &batches).expect("encode");
+            assert!(encoder.is_plain(), "seed {seed}: {schema}");
+            let back = decode_all(&schema, &encoder, bytes, &columns, expected.num_rows()).expect("decode");
+            assert_eq!(back, expected, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn values_of_a_column_without_nulls_are_not_copied() {
+        let column: ArrayRef = Arc::new(Int64Array::from_iter_values(0..10_000));
+        let schema = Schema::new(vec![Field::new("t", DataType::Int64, false)]);
+        let descriptor = parquet::arrow::ArrowSchemaConverter::new().convert(&schema).expect("convert");
+        let leaves = leaves(schema.field(0), descriptor.columns()).expect("plain");
+        let mut page = Page::default();
+        Column::new(&leaves[0], &column).expect("column").add(0..10_000, &mut page).expect("add");
+        let mut pieces = Vec::new();
+        page.finish(&leaves[0], &mut pieces).expect("finish");
+        assert_eq!(pieces[1].as_ptr(), column.to_data().buffers()[0].as_ptr());
+        assert_eq!(pieces[1].len(), 80_000);
+    }
+
+    #[test]
+    fn a_null_in_a_required_field_is_an_error() {
+        let schema = Schema::new(vec![Field::new("t", DataType::Int64, false)]);
+        let descriptor = parquet::arrow::ArrowSchemaConverter::new().convert(&schema).expect("convert");
+        let leaves = leaves(schema.field(0), descriptor.columns()).expect("plain");
+        let column: ArrayRef = Arc::new(Int64Array::from(vec![Some(1), None]));
+        let added = Column::new(&leaves[0], &column).expect("column").add(0..2, &mut Page::default());
+        assert!(added.expect_err("refused").to_string().contains("a null"), "it says what is wrong");
+    }
+}
