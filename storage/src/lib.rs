@@ -6,6 +6,7 @@
 //! [`disk`] (aligned writes) → [`catalog`] (the synced commit). The way back up is [`read`].
 
 pub mod catalog;
+pub mod checksum;
 pub mod chunk;
 pub mod disk;
 pub mod error;

@@ -9,6 +9,7 @@ use crate::catalog::Look;
 use crate::catalog::records::{
     NotificationRecord, PartialRecord, SegmentRecord, SequenceRecord, SessionRecord, TopicRecord, TopicTotals,
 };
+use crate::checksum;
 use crate::disk::Disk;
 use crate::error::{Result, StorageError};
 use crate::ids::{SequenceId, TopicNo};
@@ -85,7 +86,7 @@ impl Manifest {
             .map_err(|error| StorageError::Format { op: "manifest", text: error.to_string() })?;
         let mut out = Vec::with_capacity(12 + body.len());
         out.extend_from_slice(MAGIC);
-        out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+        out.extend_from_slice(&checksum::crc32c(&body).to_le_bytes());
         out.extend_from_slice(&body);
         Ok(out)
     }
@@ -94,7 +95,7 @@ impl Manifest {
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let rest = bytes.strip_prefix(MAGIC)?;
         let (crc, body) = rest.split_first_chunk::<4>()?;
-        (crc32c::crc32c(body) == u32::from_le_bytes(*crc)).then(|| postcard::from_bytes(body).ok()).flatten()
+        (checksum::crc32c(body) == u32::from_le_bytes(*crc)).then(|| postcard::from_bytes(body).ok()).flatten()
     }
 }
 

@@ -14,6 +14,7 @@
 
 use crate::catalog::Look;
 use crate::catalog::records::{SequenceRecord, SessionRecord, TopicRecord};
+use crate::checksum;
 use crate::chunk::record::{BatchMark, ChunkRecord};
 use crate::chunk::stats::{self, FieldStats};
 use crate::chunk::{Format, decode};
@@ -105,7 +106,7 @@ impl Head {
         let mut out = Vec::with_capacity(HEAD_START_BYTES + body.len());
         out.extend_from_slice(PARQUET_MAGIC);
         out.extend_from_slice(&length.to_le_bytes());
-        out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+        out.extend_from_slice(&checksum::crc32c(&body).to_le_bytes());
         out.extend_from_slice(HEAD_MAGIC);
         out.extend_from_slice(&body);
         let padded = usize::try_from(block_ceil(out.len() as u64)).unwrap_or(usize::MAX);
@@ -131,7 +132,7 @@ impl Head {
         let body = rest.get(..length)?;
         let zeros = rest.get(length..)?;
         let padding = usize::try_from(block_ceil((HEAD_START_BYTES + length) as u64)).ok()? - HEAD_START_BYTES - length;
-        let whole = start.starts_with(PARQUET_MAGIC) && crc32c::crc32c(body) == crc;
+        let whole = start.starts_with(PARQUET_MAGIC) && checksum::crc32c(body) == crc;
         (whole && zeros.iter().take(padding).all(|byte| *byte == 0)).then(|| postcard::from_bytes(body).ok()).flatten()
     }
 }
@@ -211,7 +212,7 @@ impl Trailer {
         };
         let zeros = padded - length - body.len() as u64 - TRAILER_TAIL_BYTES as u64;
         let mut out = vec![0; usize::try_from(zeros).unwrap_or(0)];
-        let crc = crc32c::crc32c(&body);
+        let crc = checksum::crc32c(&body);
         out.extend_from_slice(&body);
         out.extend_from_slice(&body_length.to_le_bytes());
         out.extend_from_slice(&crc.to_le_bytes());
@@ -226,7 +227,7 @@ impl Trailer {
         let (rest, crc) = rest.split_last_chunk::<4>()?;
         let (rest, _length) = rest.split_last_chunk::<4>()?;
         let body = rest.get(rest.len().checked_sub(body)?..)?;
-        if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
+        if checksum::crc32c(body) != u32::from_le_bytes(*crc) {
             return None;
         }
         if magic == TRAILER_MAGIC {
@@ -281,7 +282,7 @@ const FOOTER_CRC_BLANK: &str = "00000000";
 
 /// The checksum of heads, trailers, footers and manifests: CRC32C.
 pub fn checksum(bytes: &[u8]) -> u32 {
-    crc32c::crc32c(bytes)
+    checksum::crc32c(bytes)
 }
 
 /// The Parquet footer over these chunks, with length and magic.
@@ -327,7 +328,7 @@ pub fn footer(
     let metadata = ParquetMetaData::new(file, groups);
     let mut bytes = Vec::new();
     ParquetMetaDataWriter::new(&mut bytes, &metadata).finish()?;
-    let crc = crc32c::crc32c(&bytes);
+    let crc = checksum::crc32c(&bytes);
     if let Some(place) = footer_crc_place(&bytes).and_then(|place| bytes.get_mut(place)) {
         place.copy_from_slice(format!("{crc:08x}").as_bytes());
     }
@@ -341,7 +342,7 @@ pub fn footer_is_whole(bytes: &[u8]) -> Option<bool> {
         std::str::from_utf8(bytes.get(place.clone())?).ok().and_then(|text| u32::from_str_radix(text, 16).ok());
     let mut blank = bytes.to_vec();
     blank.get_mut(place)?.copy_from_slice(FOOTER_CRC_BLANK.as_bytes());
-    Some(stored == Some(crc32c::crc32c(&blank)))
+    Some(stored == Some(checksum::crc32c(&blank)))
 }
 
 /// Where the digits of the checksum stand: behind the last mention of its key, after the field header and

@@ -10,6 +10,7 @@
 //! so ring buffers are only ever passing through.
 
 use crate::catalog::records::SegmentRecord;
+use crate::checksum::Running;
 use crate::chunk::record::{ColumnRecord, SkipRecord, chunk_crc, column_crc_seed};
 use crate::chunk::{BatchMark, ChunkRecord, Piece, TopicEncoder, stats};
 use crate::disk::{Disk, Durability, IoCounters};
@@ -29,7 +30,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
-/// Bytes that are checksummed, then copied: half of a usual second-level cache at most.
+/// Bytes that are copied before the clock is looked at.
 const COPY_BYTES: usize = 128 << 10;
 
 /// What all segment writers of a thread share.
@@ -373,17 +374,15 @@ async fn encode<D: Disk>(
 ) -> Result<Vec<ColumnRecord>> {
     let mut encoding = encoder.begin(&chunk.batches)?;
     let mut columns: Vec<ColumnRecord> = Vec::new();
-    let mut crc = column_crc_seed(segment, 0, 0, start);
+    let mut crc = Running::from(column_crc_seed(segment, 0, 0, start));
     let mut slice = Instant::now();
     while let Some(pieces) = encoding.step()? {
         for piece in pieces {
             match piece {
-                // A page may be one value of 45 MiB: its parts are submitted as they are copied. Parts are small
-                // enough to be still in the core's cache for the copy after the checksum.
+                // A page may be one value of 45 MiB: its parts are submitted as they are copied.
                 Piece::Page(bytes) => {
                     for part in bytes.chunks(COPY_BYTES) {
-                        crc = crc32c::crc32c_append(crc, part);
-                        sink.put(part).await;
+                        sink.put(part, &mut crc).await;
                         if slice.elapsed() >= shared.encode_slice || sink.since_breath >= RING_BUFFER_BYTES {
                             sink.breathe().await;
                             slice = Instant::now();
@@ -391,9 +390,9 @@ async fn encode<D: Disk>(
                     }
                 }
                 Piece::ColumnEnd(mut column) => {
-                    column.crc = crc;
+                    column.crc = crc.value();
                     columns.push(column);
-                    crc = column_crc_seed(segment, 0, columns.len(), sink.position());
+                    crc = Running::from(column_crc_seed(segment, 0, columns.len(), sink.position()));
                 }
             }
         }
@@ -435,7 +434,8 @@ async fn finish<D: Disk>(
     let trailer = Trailer { topic, topic_id, record, marks: chunk.marks.clone(), fields, upload };
     let (trailer, bytes) = trailer.encode(length)?;
     let zeros = bytes.iter().take_while(|byte| **byte == 0).count() as u64;
-    sink.put(&bytes).await;
+    // The trailer has a checksum of its own.
+    sink.put(&bytes, &mut Running::from(0)).await;
     sink.flush();
     Ok((trailer, [length, zeros, bytes.len() as u64 - zeros]))
 }
@@ -459,7 +459,8 @@ impl<D: Disk> Sink<D> {
         self.at + self.filled as u64
     }
 
-    async fn put(&mut self, mut bytes: &[u8]) {
+    /// Copies bytes into ring buffers, and into the column's checksum.
+    async fn put(&mut self, mut bytes: &[u8], crc: &mut Running) {
         while !bytes.is_empty() {
             let mut buf = match self.buf.take() {
                 Some(buf) => buf,
@@ -469,7 +470,7 @@ impl<D: Disk> Sink<D> {
             let take = bytes.len().min(RING_BUFFER_BYTES - self.filled);
             let (now, later) = bytes.split_at(take);
             if let Some(into) = buf.get_mut(self.filled..self.filled + take) {
-                into.copy_from_slice(now);
+                crc.add_and_copy(now, into);
             }
             self.filled += take;
             self.since_breath += take;

@@ -3,6 +3,7 @@
 //! Guarantees: nothing is decoded that was not checked against its checksum first
 //! ([`verify_columns`]); a decoded batch has the stored schema to the letter.
 
+use crate::checksum;
 use crate::chunk::encode::{codec, encodings};
 use crate::chunk::record::{ChunkRecord, ColumnRecord, column_crc_seed};
 use crate::error::{Result, StorageError};
@@ -85,7 +86,7 @@ pub fn verify_columns(path: &Path, record: &ChunkRecord, bytes: &ChunkBytes, lea
         let length = usize::try_from(column.encoded_bytes).unwrap_or(usize::MAX);
         let column_bytes = bytes.slice(offset, length)?;
         let seed = column_crc_seed(record.segment_id, record.epoch, index, offset);
-        let computed = crc32c::crc32c_append(seed, &column_bytes);
+        let computed = checksum::append(seed, &column_bytes);
         if computed != column.crc {
             return Err(StorageError::Checksum {
                 what: format!("column {index}"),

@@ -3,6 +3,7 @@
 //! Offsets inside a chunk are relative, so a chunk that must be written again elsewhere only gets a
 //! new base. Values are packed by `postcard` (varints): a column costs about ten bytes.
 
+use crate::checksum;
 use crate::chunk::stats::FieldStats;
 use crate::ids::SegmentId;
 use serde::{Deserialize, Serialize};
@@ -94,13 +95,13 @@ pub struct SkipRecord {
 
 /// The CRC state a column starts from: bytes written for another file, use or place never verify.
 pub fn column_crc_seed(segment: SegmentId, epoch: u32, column: usize, offset: u64) -> u32 {
-    let mut seed = crc32c::crc32c(segment.bytes());
-    seed = crc32c::crc32c_append(seed, &epoch.to_le_bytes());
-    seed = crc32c::crc32c_append(seed, &(column as u64).to_le_bytes());
-    crc32c::crc32c_append(seed, &offset.to_le_bytes())
+    let mut seed = checksum::crc32c(segment.bytes());
+    seed = checksum::append(seed, &epoch.to_le_bytes());
+    seed = checksum::append(seed, &(column as u64).to_le_bytes());
+    checksum::append(seed, &offset.to_le_bytes())
 }
 
 /// The chunk's checksum: over its columns' checksums in order.
 pub fn chunk_crc(columns: &[ColumnRecord]) -> u32 {
-    columns.iter().fold(0, |crc, column| crc32c::crc32c_append(crc, &column.crc.to_le_bytes()))
+    columns.iter().fold(0, |crc, column| checksum::append(crc, &column.crc.to_le_bytes()))
 }
