@@ -101,7 +101,11 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
     let (steward, steward_thread) = start_steward(&config, &disk, &catalog, &committer, &counters, &health)?;
     let (loader, reader_thread) = start_reader(&config, &disk, &counters)?;
 
-    let front = tokio::runtime::Builder::new_multi_thread().thread_name("fb-front").enable_all().build()?;
+    let front = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.front_threads)
+        .thread_name("fb-front")
+        .enable_all()
+        .build()?;
     let control =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("fb-control").enable_all().build()?;
     housekeeping::look_at_space(&config, &health, false);

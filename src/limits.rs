@@ -18,6 +18,10 @@ pub(crate) const NODE_OVERHEAD_BYTES: u64 = 256;
 /// the memory behind the items is bounded by permits, this bounds only the queue itself.
 pub(crate) const WRITER_LANE_DEPTH: usize = 4096;
 
+/// Batches below this weight wait for the writer's next look instead of waking it: hundreds of slow topics
+/// would wake it thousands of times a second.
+pub(crate) const SMALL_BATCH_BYTES: u64 = 64 << 10;
+
 /// Items in the committer's lane, over all writers and life-cycle changes.
 pub(crate) const COMMIT_LANE_DEPTH: usize = 4096;
 
@@ -49,6 +53,9 @@ pub(crate) const FLUSHES_IN_FLIGHT_MAX: usize = 16;
 
 /// Time a writer may encode before it parks and lets the kernel have what was submitted.
 pub(crate) const ENCODE_SLICE: Duration = Duration::from_millis(2);
+
+/// Permits of a topic below this are not fitted to what its joined rows weigh: finding out costs more.
+pub(crate) const SHRINK_FROM_BYTES: u64 = 32 << 10;
 
 /// Batches of one row gathered before they are joined into one array: each row alone costs
 /// [`NODE_OVERHEAD_BYTES`] a node.

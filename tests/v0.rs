@@ -36,6 +36,36 @@ fn a_sequence_is_created_filled_finalized_listed_and_read_back() {
 }
 
 #[test]
+fn a_topic_may_ask_for_its_own_compression() {
+    run(async {
+        let server = Server::start(&[]);
+        let mut client = server.client().await;
+        let key = create_sequence(&mut client, "drive").await;
+        let mut sizes = Vec::new();
+        for asked in ["none", "zstd"] {
+            let name = format!("drive/{asked}");
+            let body = json!({ "sequence_key": key, "name": name, "serialization_format": "image",
+                "ontology_tag": "test", "user_metadata": { "flightbox:compression": asked } });
+            let topic = action(&mut client, "topic_create", body).await.expect("topic")["key"].clone();
+            let batch = blob_batch(0, 20, 100_000);
+            put(&mut client, &name, topic.as_str().expect("a key"), vec![batch.clone()]).await.expect("put");
+            let back = get(&mut client, name.clone()).await.expect("get");
+            let columns = |at: usize| back.iter().map(|rows| rows.column(at).as_ref()).collect::<Vec<_>>();
+            for at in 0..batch.num_columns() {
+                assert_eq!(&arrow::compute::concat(&columns(at)).expect("concat"), batch.column(at));
+            }
+            let state = action(&mut client, "topic_system_info", json!({ "name": name })).await.expect("system info");
+            sizes.push(state["total_size_bytes"].as_u64().expect("a number"));
+        }
+        assert!(sizes[1] * 10 < sizes[0], "{sizes:?}");
+        let body = json!({ "sequence_key": key, "name": "drive/x", "serialization_format": "default",
+            "ontology_tag": "test", "user_metadata": { "flightbox:compression": "brotli" } });
+        let refused = action(&mut client, "topic_create", body).await;
+        check_refused(refused, Code::InvalidArgument, &["flightbox:compression", "brotli", "zstd"]);
+    });
+}
+
+#[test]
 fn inv_4_abort_leaves_no_name_and_no_file() {
     run(async {
         let server = Server::start(&[]);

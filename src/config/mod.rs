@@ -49,6 +49,8 @@ pub(crate) struct Config {
     pub(crate) unix_socket: Option<PathBuf>,
     pub(crate) engine: EngineChoice,
     pub(crate) writers: usize,
+    /// Threads that serve sockets.
+    pub(crate) front_threads: usize,
     pub(crate) memory_budget_bytes: u64,
     pub(crate) read_cache_bytes: u64,
     pub(crate) message_bytes_max: u64,
@@ -96,6 +98,12 @@ impl Config {
             "auto" => (host.cores / 2).max(1),
             _ => usize::try_from(at_least("writers", number(raw.get("writers"))?, 1, "1")?).unwrap_or(usize::MAX),
         };
+        let front_threads = match raw.get("front_threads").text.as_str() {
+            // Two threads on one core only wake each other.
+            "auto" => host.cores.saturating_sub(writers).max(1),
+            _ => usize::try_from(at_least("front_threads", number(raw.get("front_threads"))?, 1, "1")?)
+                .unwrap_or(usize::MAX),
+        };
         let stream_window_bytes = match raw.get("stream_window").text.as_str() {
             "auto" => limits::stream_window_bytes(memory_budget_bytes),
             _ => u32::try_from(at_least("stream_window", size(raw.get("stream_window"))?, 64 << 10, "64KiB")?)
@@ -132,6 +140,7 @@ impl Config {
                 _ => return Err(refuse(raw.get("engine"), "is none of auto, uring, posix")),
             },
             writers,
+            front_threads,
             memory_budget_bytes,
             read_cache_bytes: size(raw.get("read_cache"))?,
             message_bytes_max: at_least("message_bytes_max", size(raw.get("message_bytes_max"))?, 1 << 20, "1MiB")?,
@@ -252,6 +261,7 @@ mod tests {
         let config = check_text("").expect("defaults");
         assert_eq!(config.memory_budget_bytes, 2 << 30);
         assert_eq!(config.writers, 4);
+        assert_eq!(config.front_threads, 4);
         assert_eq!(config.stream_window_bytes, 2 << 20);
     }
 

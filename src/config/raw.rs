@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Every key with its default, in the order of the shipped file.
-pub(crate) const KEYS: [(&str, &str); 27] = [
+pub(crate) const KEYS: [(&str, &str); 28] = [
     ("data_dir", "flightbox-data"),
     ("listen", "127.0.0.1:6726"),
     ("unix_socket", ""),
     ("engine", "auto"),
     ("writers", "auto"),
+    ("front_threads", "auto"),
     ("memory_budget", "auto"),
     ("read_cache", "128MiB"),
     ("message_bytes_max", "50MiB"),

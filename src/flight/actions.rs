@@ -6,6 +6,7 @@ use crate::flight::questions;
 use crate::flight::service::Shared;
 use crate::flight::status::{invalid, of_storage};
 use crate::lifecycle::notes::Subject;
+use crate::lifecycle::upload::compression_asked;
 use crate::lifecycle::{
     DeleteRule, LifecycleError, Locator, NewTopic, UploadKey, check_tag, find_sequence, find_topic, is_locked,
     parse_uuid,
@@ -454,12 +455,9 @@ async fn topic_create(shared: &Shared, body: &Body) -> Result<Value, Status> {
     let format = Format::from_name(format_name).ok_or_else(|| {
         invalid(format!("`serialization_format` = {format_name:?} is none of default, ragged, image"))
     })?;
-    let new = NewTopic {
-        locator: Locator::topic(key, name)?,
-        ontology_tag: tag.to_owned(),
-        format,
-        user_metadata: body.user_metadata()?,
-    };
+    let user_metadata = body.user_metadata()?;
+    compression_asked(&user_metadata).map_err(invalid)?;
+    let new = NewTopic { locator: Locator::topic(key, name)?, ontology_tag: tag.to_owned(), format, user_metadata };
     let record = shared.lifecycle.create_topic(upload_key, new).await?;
     let id = record.id.to_string();
     Ok(if v0 { json!({ "key": id }) } else { json!({ "uuid": id }) })

@@ -8,7 +8,7 @@
 //! Format: protobuf's encoding, Flight.proto: descriptor 1, header 2, app_metadata 3, body 1000.
 
 use crate::flight::status::invalid;
-use arrow::buffer::{Buffer, MutableBuffer};
+use arrow::buffer::Buffer;
 use arrow_flight::{FlightData, FlightDescriptor};
 use bytes::Bytes;
 use prost::Message;
@@ -36,7 +36,7 @@ const BODY_FIELD: u64 = 1000;
 
 /// A message on its way.
 #[derive(Debug)]
-pub(super) struct Assembler {
+pub(crate) struct Assembler {
     /// Bytes still to come.
     left: usize,
     /// Everything but the body.
@@ -48,7 +48,8 @@ pub(super) struct Assembler {
 
 #[derive(Debug)]
 struct Body {
-    bytes: MutableBuffer,
+    /// Allocated at once; allocators align to 16 bytes, which is all that Arrow's types ask for.
+    bytes: Vec<u8>,
     length: usize,
 }
 
@@ -65,17 +66,17 @@ enum Next {
 
 impl Assembler {
     /// For a message of so many bytes.
-    pub(super) fn new(length: usize) -> Self {
+    pub(crate) fn new(length: usize) -> Self {
         Self { left: length, fields: Vec::new(), whole: 0, body: None }
     }
 
     /// Bytes still to come.
-    pub(super) fn left(&self) -> usize {
+    pub(crate) fn left(&self) -> usize {
         self.left
     }
 
     /// Takes the next bytes of the message, at most what is [`Self::left`].
-    pub(super) fn add(&mut self, bytes: &[u8]) -> Result<(), Status> {
+    pub(crate) fn add(&mut self, bytes: &[u8]) -> Result<(), Status> {
         self.left -= bytes.len();
         let bytes = self.fill_body(bytes);
         self.fields.extend_from_slice(bytes);
@@ -89,7 +90,7 @@ impl Assembler {
                     if length > have.saturating_add(self.left) {
                         return Err(invalid(format!("a body of {length} bytes in a message that ends before it")));
                     }
-                    self.body = Some(Body { bytes: MutableBuffer::with_capacity(length), length });
+                    self.body = Some(Body { bytes: Vec::with_capacity(length), length });
                     let begun = self.fields.split_off(self.whole).split_off(key);
                     let behind = self.fill_body(&begun);
                     self.fields.extend_from_slice(behind);
@@ -110,10 +111,10 @@ impl Assembler {
     }
 
     /// The message, once nothing is left to come.
-    pub(super) fn finish(self) -> Result<Incoming, Status> {
+    pub(crate) fn finish(self) -> Result<Incoming, Status> {
         let fields = FlightData::decode(Bytes::from(self.fields))
             .map_err(|error| invalid(format!("the message is not FlightData: {error}")))?;
-        let body = self.body.map_or_else(|| Buffer::from(fields.data_body), |body| body.bytes.into());
+        let body = self.body.map_or_else(|| Buffer::from(fields.data_body), |body| Buffer::from_vec(body.bytes));
         Ok(Incoming { descriptor: fields.flight_descriptor, header: fields.data_header, body })
     }
 }
@@ -220,7 +221,7 @@ mod tests {
             let header = Bytes::from(vec![1; length]);
             let bytes = FlightData { data_header: header, ..message(&[7; 100]) }.encode_to_vec();
             let body = assemble(&bytes, 33).expect("assembled").body;
-            assert!((body.as_ptr() as usize).is_multiple_of(64));
+            assert!((body.as_ptr() as usize).is_multiple_of(16));
         }
     }
 

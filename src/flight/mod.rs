@@ -12,6 +12,8 @@ pub(crate) mod dialect;
 pub(crate) mod get;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
+#[cfg(test)]
+mod instructions;
 pub(crate) mod list;
 pub(crate) mod put;
 mod questions;

@@ -18,6 +18,7 @@ use crate::ingest::topic::Batch;
 use crate::ingest::writer::Message;
 use crate::lifecycle::upload::Upload;
 use crate::lifecycle::{Locator, parse_uuid};
+use crate::limits;
 use crate::stats::{Station, Stats};
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::Int64Type;
@@ -172,8 +173,21 @@ impl Ingest {
         let (locator, key, resume_from) = target(&descriptor, &self.connection)?;
         let wire = decode::schema(&first.header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
-        self.monitor.set_overhead(crate::limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
+        self.monitor.set_overhead(limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
         Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), resume_from).await?)
+    }
+
+    fn ends(&self, upload: &Upload) -> Ends {
+        let mut ends = Ends {
+            watermark: upload.watermark.clone(),
+            stopping: self.shared.stopping.clone(),
+            space: self.shared.health.space.subscribe(),
+        };
+        // What has happened before this is seen at the first look.
+        ends.watermark.mark_changed();
+        ends.stopping.mark_changed();
+        ends.space.mark_changed();
+        ends
     }
 
     /// Takes batches until the stream ends or something fails.
@@ -186,22 +200,22 @@ impl Ingest {
         );
         let mut next_batch = upload.first_batch;
         let mut overlap = upload.overlap();
-        let mut watermark = upload.watermark.clone();
-        let mut stopping = self.shared.stopping.clone();
-        let mut space = self.shared.health.space.subscribe();
+        let mut ends = self.ends(upload);
+        // Kept over all messages: to begin waiting costs more than a small batch.
+        let mut end = self.ends(upload);
+        let end = end.wait();
+        tokio::pin!(end);
         loop {
             // Cancel-safety: `message` keeps what it has read inside the stream.
             let message = tokio::select! {
                 biased;
-                failed = failure(&mut watermark) => return Err(failed),
-                _ = stopping.wait_for(|stop| *stop) => {
-                    return Err(Status::unavailable("the server is shutting down; what was acknowledged is kept"));
-                }
-                _ = space.wait_for(|space| *space == Space::Full) => {
-                    return Err(disk_is_full("what was acknowledged of this upload is durable; resume it when there is room"));
-                }
                 message = stream.message() => message,
+                status = &mut end => return Err(status),
             };
+            // A stream that always has a message never waits.
+            if let Some(status) = ends.now() {
+                return Err(status);
+            }
             let Some(message) = (match message {
                 Ok(message) => message,
                 // The layer's own refusals (size, stall) come as they are; a reset is a broken end.
@@ -230,8 +244,10 @@ impl Ingest {
                         overlap.check(&self.shared.lifecycle.loader, number, batch.mark).await?;
                         continue;
                     }
+                    let small = batch.data_bytes < limits::SMALL_BATCH_BYTES;
                     let message = Message::Batch { topic: upload.topic.no, batch: Box::new(batch) };
-                    lane.send(message).await.map_err(|_| Status::unavailable("the server is shutting down"))?;
+                    let sent = if small { lane.send_soon(message).await } else { lane.send(message).await };
+                    sent.map_err(|_| Status::unavailable("the server is shutting down"))?;
                 }
             }
         }
@@ -278,16 +294,58 @@ fn disk_is_full(what: &str) -> Status {
     Status::resource_exhausted(format!("the recorder's disk is full: {what}; delete or move recordings"))
 }
 
-/// Resolves when the upload failed behind the lane.
-async fn failure(watermark: &mut watch::Receiver<Watermark>) -> Status {
-    match watermark.wait_for(|mark| mark.failed.is_some()).await {
-        Ok(mark) => match &mark.failed {
-            Some(error) => of_storage(error),
-            None => Status::internal("the upload failed without a cause"),
-        },
-        // The topic was closed under the stream: aborted, deleted or finalized.
-        Err(_) => of_storage(&storage::StorageError::Gone),
+/// What ends an upload from our side.
+struct Ends {
+    watermark: watch::Receiver<Watermark>,
+    stopping: watch::Receiver<bool>,
+    space: watch::Receiver<Space>,
+}
+
+impl Ends {
+    /// Why it must end, if it must; costs nothing while nothing changes.
+    fn now(&mut self) -> Option<Status> {
+        if self.watermark.has_changed().is_err() {
+            return Some(self.watermark.borrow().failed.as_ref().map_or_else(gone, of_storage));
+        }
+        if self.watermark.has_changed().unwrap_or(false)
+            && let Some(error) = &self.watermark.borrow_and_update().failed
+        {
+            return Some(of_storage(error));
+        }
+        if self.stopping.has_changed().unwrap_or(true) && *self.stopping.borrow_and_update() {
+            return Some(shutting_down());
+        }
+        if self.space.has_changed().unwrap_or(false) && *self.space.borrow_and_update() == Space::Full {
+            return Some(no_space());
+        }
+        None
     }
+
+    /// Resolves when it must end.
+    async fn wait(&mut self) -> Status {
+        tokio::select! {
+            biased;
+            failed = self.watermark.wait_for(|mark| mark.failed.is_some()) => match failed {
+                Ok(mark) => mark.failed.as_ref().map_or_else(gone, of_storage),
+                Err(_) => gone(),
+            },
+            _ = self.stopping.wait_for(|stop| *stop) => shutting_down(),
+            _ = self.space.wait_for(|space| *space == Space::Full) => no_space(),
+        }
+    }
+}
+
+/// The topic was closed under the stream: aborted, deleted or finalized.
+fn gone() -> Status {
+    of_storage(&storage::StorageError::Gone)
+}
+
+fn shutting_down() -> Status {
+    Status::unavailable("the server is shutting down; what was acknowledged is kept")
+}
+
+fn no_space() -> Status {
+    disk_is_full("what was acknowledged of this upload is durable; resume it when there is room")
 }
 
 /// Finds out what the writer and the index need to know of a batch.

@@ -36,8 +36,8 @@ pub(crate) enum Verdict {
     Close(Why),
     /// Make its unsafe batches durable in the tail.
     Tail,
-    /// Nothing before this much time has passed.
-    Wait(Duration),
+    /// Nothing yet.
+    Wait,
 }
 
 /// Why a chunk closes.
@@ -81,8 +81,7 @@ pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Ve
                 Verdict::Tail
             }
         }
-        Some(age) => Verdict::Wait(rule.commit_interval - age),
-        None => Verdict::Wait(rule.tail_max_age - chunk.oldest),
+        _ => Verdict::Wait,
     }
 }
 
@@ -121,7 +120,7 @@ mod tests {
     #[test]
     fn a_chunk_above_the_floor_closes_after_the_commit_interval() {
         check(Format::Default, 1 << 20, 50, Some(50), false, Verdict::Close(Why::Time));
-        check(Format::Default, 1 << 20, 49, Some(49), false, Verdict::Wait(ms(1)));
+        check(Format::Default, 1 << 20, 49, Some(49), false, Verdict::Wait);
     }
 
     #[test]
@@ -137,7 +136,7 @@ mod tests {
 
     #[test]
     fn what_is_safe_waits_for_its_age() {
-        check(Format::Default, 100, 10_000, None, false, Verdict::Wait(ms(50_000)));
+        check(Format::Default, 100, 10_000, None, false, Verdict::Wait);
         check(Format::Default, 100, 60_000, None, false, Verdict::Close(Why::Age));
     }
 

@@ -2,11 +2,12 @@
 //! crossbeam.
 //!
 //! Guarantees: order of each sender is kept; a full lane makes the sender wait, never grow; a
-//! receiver that sleeps is woken by the next item. Closing either end is seen by the other.
+//! receiver that sleeps is woken by the next item, except by one that has time ([`Sender::send_soon`]) while the
+//! receiver looks by itself anyway. Closing either end is seen by the other.
 
 use crossbeam::queue::ArrayQueue;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use tokio::sync::Notify;
 
 /// The other end is gone.
@@ -19,6 +20,8 @@ struct Shared<T> {
     arrived: Notify,
     space: Notify,
     closed: AtomicBool,
+    /// The receiver looks again soon, woken or not.
+    looks: AtomicBool,
     senders: AtomicUsize,
 }
 
@@ -29,6 +32,7 @@ pub(crate) fn lane<T>(depth: usize) -> (Sender<T>, Receiver<T>) {
         arrived: Notify::new(),
         space: Notify::new(),
         closed: AtomicBool::new(false),
+        looks: AtomicBool::new(false),
         senders: AtomicUsize::new(1),
     });
     (Sender { shared: Arc::clone(&shared) }, Receiver { shared })
@@ -41,18 +45,36 @@ pub(crate) struct Sender<T> {
 
 impl<T> Sender<T> {
     /// Puts an item in, waiting for space.
-    pub(crate) async fn send(&self, mut item: T) -> Result<(), Closed> {
+    pub(crate) async fn send(&self, item: T) -> Result<(), Closed> {
+        self.put(item).await?;
+        self.shared.arrived.notify_one();
+        Ok(())
+    }
+
+    /// Puts an item in that has time until the receiver looks by itself, if it does: a wake-up costs more than
+    /// a small item.
+    pub(crate) async fn send_soon(&self, item: T) -> Result<(), Closed> {
+        self.put(item).await?;
+        // Pairs with the fence in `looks_by_itself`: either it sees the item or this sees that it sleeps.
+        fence(Ordering::SeqCst);
+        let queue = &self.shared.queue;
+        if !self.shared.looks.load(Ordering::Relaxed) || queue.len() >= queue.capacity() / 2 {
+            self.shared.arrived.notify_one();
+        }
+        Ok(())
+    }
+
+    async fn put(&self, mut item: T) -> Result<(), Closed> {
         loop {
             if self.shared.closed.load(Ordering::Acquire) {
                 return Err(Closed);
             }
             item = match self.shared.queue.push(item) {
-                Ok(()) => {
-                    self.shared.arrived.notify_one();
-                    return Ok(());
-                }
+                Ok(()) => return Ok(()),
                 Err(item) => item,
             };
+            // It is full: whoever empties it must be awake.
+            self.shared.arrived.notify_one();
             let space = self.shared.space.notified();
             tokio::pin!(space);
             space.as_mut().enable();
@@ -90,6 +112,12 @@ impl<T> Receiver<T> {
         let item = self.shared.queue.pop()?;
         self.shared.space.notify_one();
         Some(item)
+    }
+
+    /// Says whether this end will look again soon without being woken; to be followed by [`Self::ready`].
+    pub(crate) fn looks_by_itself(&self, looks: bool) {
+        self.shared.looks.store(looks, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
     }
 
     /// Waits until an item is there or all senders are gone; takes nothing.
@@ -141,6 +169,23 @@ mod tests {
         }
         producer.await.expect("producer");
         assert_eq!(next, 1000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_item_that_has_time_wakes_only_a_receiver_that_does_not_look_by_itself() {
+        use std::time::Duration;
+        let (sender, receiver) = lane(8);
+        for (looks, woken) in [(true, false), (false, true)] {
+            receiver.looks_by_itself(looks);
+            let waiting = tokio::time::timeout(Duration::from_secs(1), receiver.ready());
+            let sending = async {
+                tokio::task::yield_now().await;
+                sender.send_soon(1).await.expect("open");
+            };
+            let (ready, ()) = tokio::join!(waiting, sending);
+            assert_eq!(ready.is_ok(), woken, "looks: {looks}");
+            assert_eq!(receiver.try_recv(), Some(1));
+        }
     }
 
     #[tokio::test]

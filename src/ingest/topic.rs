@@ -214,12 +214,14 @@ impl<D: Disk> Topic<D> {
         }
     }
 
-    pub(super) fn look(&self, gives_way: bool) -> OpenChunk {
+    /// The open chunk as it will be at a time.
+    pub(super) fn look(&self, at: Instant, gives_way: bool) -> OpenChunk {
         let open = self.open.borrow();
+        let age = |since: Instant| at.saturating_duration_since(since);
         OpenChunk {
             data_bytes: open.data_bytes,
-            oldest: open.oldest.map_or(Duration::ZERO, |at| at.elapsed()),
-            oldest_unsafe: open.oldest_fresh.map(|at| at.elapsed()),
+            oldest: open.oldest.map_or(Duration::ZERO, age),
+            oldest_unsafe: open.oldest_fresh.map(age),
             gives_way,
         }
     }
@@ -282,6 +284,10 @@ pub(super) fn join(into: &mut Option<Permit>, permit: Option<Permit>) {
 impl Open {
     /// Permits follow the memory: joined rows weigh a fraction of the single ones.
     pub(super) fn shrink_permits(&mut self) {
+        let claimed = [&self.permits, &self.decode_permits].into_iter().flatten().map(Permit::bytes).sum::<u64>();
+        if claimed < limits::SHRINK_FROM_BYTES {
+            return;
+        }
         let held: usize = self.safe.iter().chain(&self.fresh).map(RecordBatch::get_array_memory_size).sum();
         let mut held = held as u64 + size_of::<BatchMark>() as u64 * self.marks.len() as u64;
         for permits in [&mut self.permits, &mut self.decode_permits].into_iter().flatten() {

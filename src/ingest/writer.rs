@@ -136,6 +136,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
             writer.disk.breathe().await;
             continue;
         }
+        lane.looks_by_itself(wait <= LOOK_INTERVAL);
         // Cancel-safety: all three only wait; nothing is taken by them.
         tokio::select! {
             more = lane.ready() => if !more && stopping.is_none() { return },
@@ -145,8 +146,9 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
     }
 }
 
-/// How often open chunks are looked at while there are any: memory may become short meanwhile.
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+/// How often lane and open chunks are looked at while there are any: small batches do not wake the thread, and
+/// memory may become short meanwhile.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// The wait of a writer that has nothing open.
 const IDLE_WAIT: Duration = Duration::from_secs(3600);
 
@@ -224,17 +226,19 @@ impl<D: Disk> Writer<D> {
         self.topics.borrow_mut().insert(topic.record.no, Rc::new(topic));
     }
 
-    /// Looks at every open chunk; returns how long nothing will be due.
+    /// Looks at every open chunk; returns when to look again. What would be due before that is due now, so that
+    /// hundreds of slow topics share a look, and the commit behind it.
     fn decide(self: &Rc<Self>) -> Duration {
         let topics: Vec<Rc<Topic<D>>> = self.topics.borrow().values().cloned().collect();
         let giving_way = self.giving_way(&topics);
+        let next_look = Instant::now() + LOOK_INTERVAL;
         let mut wait = IDLE_WAIT;
         for topic in topics {
             if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() {
                 continue;
             }
-            wait = wait.min(LOOK_INTERVAL);
-            let seen = topic.look(giving_way.contains(&topic.record.no));
+            wait = LOOK_INTERVAL;
+            let seen = topic.look(next_look, giving_way.contains(&topic.record.no));
             match verdict(&self.context.rule, topic.record.format, &seen) {
                 Verdict::Close(why) => {
                     // A full house: the chunk waits for a flush to end, which wakes this loop.
@@ -244,8 +248,7 @@ impl<D: Disk> Writer<D> {
                 }
                 // Behind a chunk that is being written the tail would have to wait for it anyway.
                 Verdict::Tail if topic.in_flight.get() == 0 && !topic.tail_in_flight.get() => self.tail(&topic),
-                Verdict::Tail => {}
-                Verdict::Wait(time) => wait = wait.min(time),
+                Verdict::Tail | Verdict::Wait => {}
             }
         }
         wait
@@ -302,14 +305,16 @@ impl<D: Disk> Writer<D> {
             let open = topic.open.borrow();
             (open.marks.is_empty(), floor_bytes(topic.record.format) <= open.data_bytes)
         };
+        // Small batches are safe before the chunk that ends their topic is: hundreds of topics may end at once.
+        if !failed && !enough && !topic.open.borrow().fresh.is_empty() {
+            self.tail(topic);
+        }
+        let failed = topic.failed.borrow().is_some();
         // A topic that stays unlocked keeps its small rest in the tail: its chunk may still grow.
         let end = if failed { End::Leave } else { end };
         if !failed && !empty && (matches!(end, End::Lock | End::Close) || enough) {
             self.flush(topic, Some(end));
             return;
-        }
-        if !failed && !topic.open.borrow().fresh.is_empty() {
-            self.tail(topic);
         }
         let writer = Rc::clone(self);
         let topic = Rc::clone(topic);

@@ -18,7 +18,7 @@ use storage::StorageError;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::{PartialRecord, SessionRecord, TopicOntology, TopicRecord, TopicTotals};
 use storage::catalog::{Look, Txn};
-use storage::chunk::{BatchMark, TopicEncoder};
+use storage::chunk::{BatchMark, Compression, TopicEncoder};
 use storage::ids::{TopicId, TopicNo};
 use storage::ontology::{Origin, Relation, relate};
 use storage::read::{Loader, TopicView};
@@ -119,7 +119,10 @@ impl Lifecycle {
     ) -> Result<Upload> {
         let found = find_topic(&self.catalog, &locator)?;
         // Before the topic is opened: once it is open, nothing of this may fail any more.
-        let encoder = TopicEncoder::new(&schema.stored, found.format, self.compression)?;
+        // Checked when the topic was made.
+        let asked = compression_asked(&found.user_metadata).ok().flatten();
+        let compression = Compression::of_topic(found.format, self.compression, asked);
+        let encoder = TopicEncoder::new(&schema.stored, compression)?;
         let registry = Arc::clone(&self.registry);
         let offered = Registry::offer(&found.ontology_tag, &schema.wire, Origin::FirstUse)?;
         let (watermark, receiver) = watch::channel(Watermark::default());
@@ -364,5 +367,20 @@ fn check_same_upload(locator: &str, begun: &[u8], wire: &SchemaRef) -> Result<()
         Relation::Compatible { difference } | Relation::Changed { difference } => {
             Err(LifecycleError::OtherUpload { topic: locator.to_owned(), difference })
         }
+    }
+}
+
+/// Key of a topic's user metadata that says how its pages are compressed.
+const COMPRESSION_KEY: &str = "flightbox:compression";
+
+/// The compression that a topic's user metadata asks for, if it does.
+pub(crate) fn compression_asked(user_metadata: &str) -> std::result::Result<Option<Compression>, String> {
+    let metadata: serde_json::Value = serde_json::from_str(user_metadata).unwrap_or_default();
+    match metadata.get(COMPRESSION_KEY) {
+        None => Ok(None),
+        Some(asked) => match asked.as_str().and_then(Compression::from_name) {
+            Some(compression) => Ok(Some(compression)),
+            None => Err(format!("`{COMPRESSION_KEY}` in user_metadata is {asked}, none of none, lz4, zstd")),
+        },
     }
 }

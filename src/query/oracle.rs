@@ -21,7 +21,7 @@ use std::sync::Arc;
 use storage::catalog::skip::SkipBlock;
 use storage::chunk::decode::{ChunkBytes, RowGroup, decode_leaves};
 use storage::chunk::stats::{FieldStats, collect};
-use storage::chunk::{Compression, Format, Piece, TopicEncoder};
+use storage::chunk::{Compression, Piece, TopicEncoder};
 use storage::ontology::{Ontology, Origin};
 
 /// Cases of a run.
@@ -628,7 +628,7 @@ fn check_case(case: &Case, seen: &mut [u64; 3]) {
     let content = parse::ontology(&to_json(&case.ask, &case.kinds)).expect("parses");
     let [(_, expr)] = content.tags.as_slice() else { panic!("one tag: {content:?}") };
     let bound = bind(expr, &ontology).expect("binds");
-    let encoder = TopicEncoder::new(&ontology.stored, Format::Default, Compression::None).expect("an encoder");
+    let encoder = TopicEncoder::new(&ontology.stored, Compression::None).expect("an encoder");
     let batches: Vec<RecordBatch> = case.chunks.iter().map(|rows| batch(&schema, &case.kinds, rows)).collect();
     let stats: Vec<Vec<FieldStats>> = batches
         .iter()

@@ -11,7 +11,7 @@ pub const RING_BUFFER_BYTES: usize = 1 << 20;
 
 /// Ring buffers of one writer thread. Bounds the bytes under way to the device.
 /// Sized against queue depth 8 to 16 at 1 MiB, where the measured disk is saturated.
-pub const RING_BUFFERS_PER_WRITER: usize = 16;
+pub const RING_BUFFERS_PER_WRITER: usize = 8;
 
 /// Ring buffers of the reader and of the steward thread each.
 pub const RING_BUFFERS_PER_SERVICE: usize = 8;

@@ -109,7 +109,7 @@ pub async fn seal_topic<D: Disk>(
     }
     let chunks = look.chunks(topic.no)?;
     let sequence = look.sequence(topic.sequence)?.map_or_else(String::new, |record| record.name);
-    let encoder = TopicEncoder::new(&schema.stored, topic.format, Compression::None)?;
+    let encoder = TopicEncoder::new(&schema.stored, Compression::None)?;
     for record in &mut segments {
         let of_segment: Vec<(ChunkRecord, Vec<FieldStats>)> = chunks
             .iter()

@@ -711,7 +711,7 @@ mod tests {
             };
             let facts = Arc::new(blob_topic(&schema.wire));
             let topic = facts.topic.clone();
-            let encoder = TopicEncoder::new(&schema.stored, topic.format, Compression::None).expect("an encoder");
+            let encoder = TopicEncoder::new(&schema.stored, Compression::None).expect("an encoder");
             let mut place = SegmentWriter::new(&shared, facts, 0);
             let pending = place.write(&disk, &shared, &schema, &encoder, topic.no, &chunk).await.expect("written");
             pending.durable(&disk).await.expect("durable");

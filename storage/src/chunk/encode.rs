@@ -57,7 +57,7 @@ impl Format {
     }
 }
 
-/// How `default` and `ragged` pages are compressed. `image` never is: its blobs do not shrink.
+/// How pages are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Compression {
     /// Plain pages: the least CPU.
@@ -75,6 +75,16 @@ impl Compression {
             Self::None => "none",
             Self::Lz4 => "lz4",
             Self::Zstd => "zstd",
+        }
+    }
+
+    /// What a topic gets: what it asks for itself, or else what is configured; but not `image`, whose blobs do
+    /// not shrink.
+    pub fn of_topic(format: Format, configured: Self, asked: Option<Self>) -> Self {
+        match (asked, format) {
+            (Some(asked), _) => asked,
+            (None, Format::Image) => Self::None,
+            (None, Format::Default | Format::Ragged) => configured,
         }
     }
 
@@ -133,15 +143,14 @@ impl TopicEncoder {
     ///
     /// # Errors
     /// When Parquet has no column type for a field.
-    pub fn new(schema: &SchemaRef, format: Format, compression: Compression) -> Result<Self> {
-        let properties = Arc::new(properties(schema, format, compression));
+    pub fn new(schema: &SchemaRef, compression: Compression) -> Result<Self> {
+        let properties = Arc::new(properties(schema, compression));
         let descriptor = ArrowSchemaConverter::new().convert(schema)?;
         let writer = SerializedFileWriter::new(std::io::sink(), descriptor.root_schema_ptr(), properties)?;
         let queues = Arc::new(QueueFactory::default());
         let factory = ArrowRowGroupWriterFactory::new(&writer, Arc::clone(schema))
             .with_page_store_factory(Arc::clone(&queues) as Arc<dyn PageStoreFactory>);
-        let plain = format == Format::Image || compression == Compression::None;
-        let plans = plans(schema, &descriptor, plain);
+        let plans = plans(schema, &descriptor, compression == Compression::None);
         let (schema, descriptor) = (Arc::clone(schema), Arc::new(descriptor));
         Ok(Self { factory, queues, schema, plans, descriptor, derived: Vec::new() })
     }
@@ -382,7 +391,7 @@ pub(crate) fn codec(number: u8) -> parquet::basic::Compression {
     }
 }
 
-fn properties(schema: &SchemaRef, format: Format, compression: Compression) -> WriterProperties {
+fn properties(schema: &SchemaRef, compression: Compression) -> WriterProperties {
     let mut properties = WriterProperties::builder()
         .set_writer_version(WriterVersion::PARQUET_1_0)
         .set_dictionary_enabled(false)
@@ -391,9 +400,6 @@ fn properties(schema: &SchemaRef, format: Format, compression: Compression) -> W
         .set_data_page_size_limit(limits::PAGE_BYTES)
         .set_data_page_row_count_limit(usize::MAX)
         .set_write_batch_size(8192);
-    if format == Format::Image {
-        return properties.build();
-    }
     let codec = match compression {
         Compression::None => return properties.build(),
         Compression::Lz4 => parquet::basic::Compression::LZ4_RAW,

@@ -7,6 +7,7 @@
 use arrow::array::{Array, ArrayData, RecordBatch, layout};
 use arrow::buffer::BooleanBuffer;
 use arrow::datatypes::DataType;
+use twox_hash::XxHash3_128;
 use twox_hash::xxhash3_128::Hasher;
 
 /// Offsets that are hashed at once.
@@ -14,15 +15,56 @@ const OFFSETS: usize = 512;
 
 /// Hashes the values of a batch.
 pub fn batch_hash(batch: &RecordBatch) -> u128 {
-    let mut hasher = Hasher::new();
+    let mut hasher = Stream::default();
     hasher.write(&(batch.num_rows() as u64).to_le_bytes());
     for column in batch.columns() {
         hash_data(&mut hasher, &column.to_data());
     }
-    hasher.finish_128()
+    hasher.finish()
 }
 
-fn hash_data(hasher: &mut Hasher, data: &ArrayData) {
+/// Bytes of a batch that is hashed at once: a hasher that goes on takes memory of its own.
+const SMALL_BYTES: usize = 1024;
+
+/// What is hashed: gathered while it is little, streamed from then on.
+struct Stream {
+    small: [u8; SMALL_BYTES],
+    gathered: usize,
+    large: Option<Hasher>,
+}
+
+impl Default for Stream {
+    fn default() -> Self {
+        Self { small: [0; SMALL_BYTES], gathered: 0, large: None }
+    }
+}
+
+impl Stream {
+    fn write(&mut self, bytes: &[u8]) {
+        let end = self.gathered + bytes.len();
+        match (&mut self.large, self.small.get_mut(self.gathered..end)) {
+            (None, Some(room)) => {
+                room.copy_from_slice(bytes);
+                self.gathered = end;
+            }
+            (large, _) => {
+                let hasher = large.get_or_insert_with(Hasher::new);
+                hasher.write(self.small.get(..self.gathered).unwrap_or(&[]));
+                self.gathered = 0;
+                hasher.write(bytes);
+            }
+        }
+    }
+
+    fn finish(&self) -> u128 {
+        match &self.large {
+            None => XxHash3_128::oneshot(self.small.get(..self.gathered).unwrap_or(&[])),
+            Some(hasher) => hasher.finish_128(),
+        }
+    }
+}
+
+fn hash_data(hasher: &mut Stream, data: &ArrayData) {
     hasher.write(&(data.len() as u64).to_le_bytes());
     if let Some(nulls) = data.nulls().filter(|nulls| nulls.null_count() > 0) {
         hash_bits(hasher, nulls.inner(), true);
@@ -53,7 +95,7 @@ fn hash_data(hasher: &mut Hasher, data: &ArrayData) {
 }
 
 /// Fixed-width values slice cleanly; anything else (views) is hashed by the whole of its buffers.
-fn hash_plain(hasher: &mut Hasher, data: &ArrayData) {
+fn hash_plain(hasher: &mut Stream, data: &ArrayData) {
     let specs = layout(data.data_type()).buffers;
     for (index, buffer) in data.buffers().iter().enumerate() {
         let width = match specs.get(index) {
@@ -69,7 +111,7 @@ fn hash_plain(hasher: &mut Hasher, data: &ArrayData) {
     }
 }
 
-fn hash_offsets<O: arrow::array::OffsetSizeTrait>(hasher: &mut Hasher, data: &ArrayData, bytes: bool) {
+fn hash_offsets<O: arrow::array::OffsetSizeTrait>(hasher: &mut Stream, data: &ArrayData, bytes: bool) {
     let Some(offsets) = data.buffers().first().filter(|_| !data.is_empty()) else {
         return;
     };
@@ -97,7 +139,7 @@ fn hash_offsets<O: arrow::array::OffsetSizeTrait>(hasher: &mut Hasher, data: &Ar
 }
 
 /// Bits in words of 64, first bit highest; the last word has the rest, lowest.
-fn hash_bits(hasher: &mut Hasher, bits: &BooleanBuffer, inverted: bool) {
+fn hash_bits(hasher: &mut Stream, bits: &BooleanBuffer, inverted: bool) {
     let flip = if inverted { u64::MAX } else { 0 };
     let chunks = bits.bit_chunks();
     for chunk in chunks.iter() {
@@ -139,6 +181,18 @@ mod tests {
     }
 
     #[test]
+    fn little_and_much_hash_alike() {
+        let bytes: Vec<u8> = (0..3000_u32).map(|at| (at * 7 % 251) as u8).collect();
+        for length in [0, 8, 1023, 1024, 1025, 3000] {
+            for piece in [8, 100, 1024, 3000] {
+                let mut stream = Stream::default();
+                bytes[..length].chunks(piece).for_each(|piece| stream.write(piece));
+                assert_eq!(stream.finish(), XxHash3_128::oneshot(&bytes[..length]), "{length} in {piece}");
+            }
+        }
+    }
+
+    #[test]
     fn bits_are_hashed_in_words_first_bit_highest() {
         for length in [0, 1, 63, 64, 65, 200] {
             let bits: BooleanBuffer = (0..length).map(|at| at % 3 == 0 || at % 7 == 1).collect();
@@ -151,9 +205,9 @@ mod tests {
                 }
             }
             one_by_one.write(&word.to_le_bytes());
-            let mut hasher = Hasher::new();
+            let mut hasher = Stream::default();
             hash_bits(&mut hasher, &bits, true);
-            assert_eq!(hasher.finish_128(), one_by_one.finish_128(), "{length} bits");
+            assert_eq!(hasher.finish(), one_by_one.finish_128(), "{length} bits");
         }
     }
 

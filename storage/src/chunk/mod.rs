@@ -89,7 +89,7 @@ fn encode_and_decode(stored: &SchemaRef, batch: &RecordBatch) -> Result<RecordBa
 
 /// One row group of these batches, with the records of its columns.
 fn encode_all(stored: &SchemaRef, batches: &[RecordBatch]) -> Result<(TopicEncoder, Vec<u8>, Vec<ColumnRecord>)> {
-    let encoder = TopicEncoder::new(stored, Format::Default, Compression::None)?;
+    let encoder = TopicEncoder::new(stored, Compression::None)?;
     let mut chunk = encoder.begin(batches)?;
     let mut bytes = Vec::new();
     let mut columns = Vec::new();
