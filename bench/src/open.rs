@@ -8,7 +8,7 @@ use hdrhistogram::Histogram;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::error::Error;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 type AnyError = Box<dyn Error + Send + Sync>;
@@ -27,6 +27,10 @@ const MICROS_MAX: u64 = 600_000_000;
 /// A message that is durable later than this after it was due is late: twice the slowest percentile that the
 /// goals allow, with the commit interval.
 pub(crate) const LATE: Duration = Duration::from_millis(250);
+
+/// Messages due before this has passed are not in the percentiles: memory is touched for the first time, files are
+/// made. They count as late or dropped all the same.
+const WARM_UP: Duration = Duration::from_secs(1);
 
 /// What the messages of one group met.
 #[derive(Debug)]
@@ -62,7 +66,15 @@ struct Stream {
     waiting: Waiting,
 }
 
-type Seen = Arc<Vec<Mutex<Histogram<u64>>>>;
+/// What one group's answers said.
+struct Answered {
+    micros: Histogram<u64>,
+    late: u64,
+}
+
+type Seen = Arc<Vec<Mutex<Answered>>>;
+/// When the clock started.
+type Start = Arc<OnceLock<Instant>>;
 
 /// Topics that are open for writing, ready for their clock to start.
 pub(crate) struct Open {
@@ -70,13 +82,15 @@ pub(crate) struct Open {
     connections: Vec<Vec<Stream>>,
     readers: Vec<tokio::task::JoinHandle<Result<(), AnyError>>>,
     seen: Seen,
+    start: Start,
 }
 
 /// Opens the topics of all groups in one recording, each group on a connection of its own or all on one.
 pub(crate) async fn open(server: &Server, name: &str, groups: &[Group], one: bool) -> Result<Open, Box<dyn Error>> {
     let mut client = connect(&server.address).await?;
     let key = create_sequence(&mut client, name).await?;
-    let histogram = || Histogram::new_with_max(MICROS_MAX, 3).map(Mutex::new);
+    let histogram = || Histogram::new_with_max(MICROS_MAX, 3).map(|micros| Mutex::new(Answered { micros, late: 0 }));
+    let start = Start::default();
     let seen: Seen = Arc::new(groups.iter().map(|_| histogram()).collect::<Result<_, _>>()?);
     let mut connections = Vec::new();
     let mut readers = Vec::new();
@@ -94,7 +108,7 @@ pub(crate) async fn open(server: &Server, name: &str, groups: &[Group], one: boo
             let messages = Arc::clone(shared.get_or_insert_with(|| messages.into()));
             let (upload, mut answers) = connection.put(&first).await.map_err(|error| error.to_string())?;
             let waiting = Waiting::default();
-            let (queue, seen) = (Arc::clone(&waiting), Arc::clone(&seen));
+            let (queue, seen, start) = (Arc::clone(&waiting), Arc::clone(&seen), Arc::clone(&start));
             readers.push(tokio::spawn(async move {
                 let mut known = 0;
                 while let Some(batches) = answers.next().await? {
@@ -105,8 +119,12 @@ pub(crate) async fn open(server: &Server, name: &str, groups: &[Group], one: boo
                     known = batches;
                     let mut seen = seen[index].lock().unwrap_or_else(PoisonError::into_inner);
                     for due in due {
-                        let micros = u64::try_from(now.saturating_duration_since(due).as_micros());
-                        seen.saturating_record(micros.unwrap_or(MICROS_MAX));
+                        let latency = now.saturating_duration_since(due);
+                        seen.late += u64::from(latency > LATE);
+                        if start.get().is_some_and(|start| *start + WARM_UP <= due) {
+                            let micros = u64::try_from(latency.as_micros()).unwrap_or(MICROS_MAX);
+                            seen.micros.saturating_record(micros);
+                        }
                     }
                 }
                 Ok(())
@@ -124,21 +142,21 @@ pub(crate) async fn open(server: &Server, name: &str, groups: &[Group], one: boo
         // A thing that sends is one clock: a camera does not wait for a bus.
         connections.push(streams);
     }
-    Ok(Open { groups: groups.to_vec(), connections, readers, seen })
+    Ok(Open { groups: groups.to_vec(), connections, readers, seen, start })
 }
 
 impl Open {
     /// Runs the clock for a while, ends all uploads and waits until everything is durable.
     pub(crate) async fn run(self, time: Duration) -> Result<Vec<Latency>, Box<dyn Error>> {
-        let Self { groups, connections, readers, seen } = self;
-        let start = Instant::now();
+        let Self { groups, connections, readers, seen, start } = self;
+        let start = *start.get_or_init(Instant::now);
         let mut clocks = Vec::new();
         for streams in connections {
             clocks.push(tokio::spawn(clock(streams, start, time)));
         }
         let mut latencies = Vec::new();
         for (group, seen) in groups.iter().zip(seen.iter()) {
-            let micros = seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let micros = seen.lock().unwrap_or_else(PoisonError::into_inner).micros.clone();
             latencies.push(Latency {
                 group: *group,
                 micros,
@@ -169,9 +187,9 @@ impl Open {
             latencies[group].dropped += waiting.lock().unwrap_or_else(PoisonError::into_inner).len() as u64;
         }
         for (latency, seen) in latencies.iter_mut().zip(seen.iter()) {
-            latency.micros = seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            let late = u64::try_from(LATE.as_micros())?;
-            latency.late = latency.micros.len() - latency.micros.count_between(0, late);
+            let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            latency.micros = seen.micros.clone();
+            latency.late = seen.late;
         }
         Ok(latencies)
     }

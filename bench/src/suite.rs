@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 type AnyError = Box<dyn Error>;
 
 /// A pause before each contestant: a shared disk gives credit for idle time, and each must meet the same credit.
-const REST: Duration = Duration::from_secs(4);
+const REST: Duration = Duration::from_secs(2);
 /// How long open loops run.
 const OPEN: Duration = Duration::from_secs(10);
 /// Pause between calls that are timed while ingest saturates.
@@ -104,7 +104,12 @@ impl Suite {
                 self.closed(pass, name, Profile::Imu(20_000), 4, self.bytes)?;
                 self.python_files(pass, name, "imu")
             }
-            "h264" => self.closed(pass, name, Profile::H264, 4, self.bytes),
+            "h264" => {
+                let load = Closed { profile: Profile::H264, streams: 4, bytes: self.bytes };
+                self.flightbox(pass, name, "flightbox", &[], load)
+            }
+            // No goal hangs on these: once is enough.
+            "small" | "compression" if pass > 0 => Ok(()),
             "small" => {
                 self.closed(pass, "imu-100", Profile::Imu(100), 4, self.bytes / 8)?;
                 self.closed(pass, "imu-1", Profile::Imu(1), 4, self.bytes / 64)
@@ -208,6 +213,10 @@ impl Suite {
             let outcome = self.runtime.block_on(closed::run(&server, Speaks::PutOnly, load, &self.scratch))?;
             self.note(pass, "image", contestant, outcome);
         }
+        if pass > 0 {
+            return Ok(());
+        }
+        // Writers of files, and the Python client: no goal hangs on them, and they are slow.
         rest();
         let rate = files::mcap(&self.scratch, Profile::Image, self.bytes)?;
         self.samples.add(pass, "image", "mcap_rust", "bytes_per_s", rate);
@@ -228,7 +237,7 @@ impl Suite {
     }
 
     fn python_files(&mut self, pass: usize, name: &str, profile: &str) -> Result<(), AnyError> {
-        let Some(python) = files::python() else { return Ok(()) };
+        let Some(python) = files::python().filter(|_| pass == 0) else { return Ok(()) };
         for (contestant, kind) in [("parquet_pyarrow", "parquet"), ("mcap_python", "mcap")] {
             let path = self.scratch.join("rival.data");
             rest();
@@ -372,7 +381,7 @@ impl Suite {
     /// The same bytes in the same batches over few and over many topics.
     fn topics(&mut self, pass: usize) -> Result<(), AnyError> {
         for topics in [10, 1000] {
-            let load = Closed { profile: Profile::Imu(1000), streams: topics, bytes: self.bytes };
+            let load = Closed { profile: Profile::Imu(1000), streams: topics, bytes: self.bytes / 2 };
             self.flightbox(pass, "topics", &topics.to_string(), &[], load)?;
         }
         Ok(())

@@ -226,6 +226,12 @@ impl<D: Disk> Topic<D> {
         }
     }
 
+    /// Data bytes that are neither in a chunk nor in the tail.
+    pub(super) fn unsafe_bytes(&self) -> u64 {
+        let open = self.open.borrow();
+        open.data_bytes - open.safe_bytes
+    }
+
     /// Takes the fresh batches as one run for the tail.
     pub(super) fn pack_tail(&self) -> Result<Option<(TailRun, Vec<Instant>)>, StorageError> {
         let mut open = self.open.borrow_mut();

@@ -149,6 +149,11 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
 /// How often lane and open chunks are looked at while there are any: small batches do not wake the thread, and
 /// memory may become short meanwhile.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+/// Bytes that go to the tail at one look, before topics with at least [`TAIL_TOPIC_BYTES_MAX`] become chunks
+/// instead, however small: 25 MB/s, what RocksDB flushes and merges without stalling its writers.
+const TAIL_BYTES_PER_LOOK: u64 = 128 << 10;
+/// See [`TAIL_BYTES_PER_LOOK`]; below this a row group costs more than its rows.
+const TAIL_TOPIC_BYTES_MAX: u64 = 128 << 10;
 /// The wait of a writer that has nothing open.
 const IDLE_WAIT: Duration = Duration::from_secs(3600);
 
@@ -233,6 +238,7 @@ impl<D: Disk> Writer<D> {
         let giving_way = self.giving_way(&topics);
         let next_look = Instant::now() + LOOK_INTERVAL;
         let mut wait = IDLE_WAIT;
+        let mut tail_bytes = 0;
         for topic in topics {
             if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() {
                 continue;
@@ -247,7 +253,17 @@ impl<D: Disk> Writer<D> {
                     }
                 }
                 // Behind a chunk that is being written the tail would have to wait for it anyway.
-                Verdict::Tail if topic.in_flight.get() == 0 && !topic.tail_in_flight.get() => self.tail(&topic),
+                Verdict::Tail if topic.in_flight.get() == 0 && !topic.tail_in_flight.get() => {
+                    tail_bytes += topic.unsafe_bytes();
+                    if TAIL_BYTES_PER_LOOK < tail_bytes
+                        && TAIL_TOPIC_BYTES_MAX <= seen.data_bytes
+                        && self.flushes.get() < limits::FLUSHES_IN_FLIGHT_MAX
+                    {
+                        self.flush(&topic, None);
+                    } else {
+                        self.tail(&topic);
+                    }
+                }
                 Verdict::Tail | Verdict::Wait => {}
             }
         }
