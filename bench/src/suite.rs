@@ -102,6 +102,8 @@ impl Suite {
             }
             "imu-20000" => {
                 self.closed(pass, name, Profile::Imu(20_000), 4, self.bytes)?;
+                let load = Closed { profile: Profile::Imu(20_000), streams: 4, bytes: self.bytes };
+                self.flightbox(pass, name, "no_index", &["--no-index"], load)?;
                 self.python_files(pass, name, "imu")
             }
             "h264" => {

@@ -194,21 +194,23 @@ async fn topic<D: Disk>(
         None => open_topic(disk, data_dir, facts, candidates, done).await?,
     };
     if topic.locked.is_none() {
-        // Its last segment, which has no chunk if it never had a row, says whether it was locked.
-        let last = topic.segments.last().copied();
-        let empty = heads.iter().next_back().filter(|_| last.is_none()).map(|(no, (_, head, end))| SegmentRecord {
+        // A footer that says so was written after the lock was durable, whichever segment's it is: a crash may have
+        // met the sealing of the others. A topic that never had a row has one segment, without a chunk.
+        let no_rows = topic.segments.is_empty();
+        let empty = heads.iter().next_back().filter(|_| no_rows).map(|(no, (_, head, end))| SegmentRecord {
             no: *no,
             id: head.segment_id,
             epoch: head.epoch,
             end_offset: *end,
             sealed_length: None,
         });
-        if let Some(segment) = last.or(empty) {
+        for segment in topic.segments.clone().into_iter().chain(empty) {
             let path = dir.join(segment::file_name(segment.no));
-            topic.record.completed_at_ns = found::completed_at(disk, &path).await;
-            if topic.record.completed_at_ns.is_some() && last.is_none() {
+            let completed = found::completed_at(disk, &path).await;
+            if completed.is_some() && no_rows {
                 topic.segments.push(segment);
             }
+            topic.record.completed_at_ns = topic.record.completed_at_ns.or(completed);
         }
     }
     for path in silent {
