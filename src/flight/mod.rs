@@ -1,8 +1,8 @@
 //! Arrow Flight: the only room that names tonic or arrow-flight (INV-11).
 //!
-//! [`server`] listens, [`upload`] frames and admits, [`assemble`] puts messages together, [`service`] has the RPCs a line each; [`put`],
-//! [`get`], [`list`] and [`actions`] do them; [`dialect`] knows which client speaks; [`status`] turns
-//! errors into codes. Never sees a ring.
+//! [`server`] listens, [`upload`] frames and admits, [`assemble`] puts messages together, [`service`] has
+//! the RPCs a line each; [`put`], [`get`], [`list`] and [`actions`] do them; [`dialect`] knows which client
+//! speaks; [`status`] turns errors into codes. Never sees a ring.
 
 pub(crate) mod actions;
 pub(crate) mod assemble;
