@@ -21,6 +21,7 @@ use storage::schema::TopicSchema;
 use storage::tail::TailRun;
 use storage::write::SegmentWriter;
 use tokio::sync::{Mutex, oneshot, watch};
+use tokio::task::JoinHandle;
 
 /// One batch, checked and decoded, with what was found out about it on the way.
 pub(crate) struct Batch {
@@ -82,6 +83,8 @@ pub(super) struct Topic<D: Disk> {
     pub(super) turn: RefCell<Option<oneshot::Receiver<()>>>,
     pub(super) in_flight: Cell<usize>,
     pub(super) tail_in_flight: Cell<bool>,
+    /// Makes its next segment ahead of need.
+    pub(super) making: RefCell<Option<JoinHandle<()>>>,
     pub(super) failed: RefCell<Option<StorageError>>,
     pub(super) ending: RefCell<Option<(End, Answer)>>,
     pub(super) forgotten: RefCell<Option<oneshot::Sender<()>>>,
@@ -163,10 +166,26 @@ impl<D: Disk> Topic<D> {
             turn: RefCell::new(None),
             in_flight: Cell::new(0),
             tail_in_flight: Cell::new(false),
+            making: RefCell::new(None),
             failed: RefCell::new(None),
             ending: RefCell::new(None),
             forgotten: RefCell::new(None),
             record,
+        }
+    }
+
+    /// Whether nothing of it is under way.
+    pub(super) fn is_quiet(&self) -> bool {
+        let making = self.making.borrow().as_ref().is_some_and(|making| !making.is_finished());
+        self.in_flight.get() == 0 && !self.tail_in_flight.get() && !making
+    }
+
+    /// Waits for the segment that is made ahead. Nothing may be on its way to the topic's folder once the end of
+    /// its upload is committed: the folder may be tidied or removed then.
+    pub(super) async fn made(&self) {
+        let making = self.making.take();
+        if let Some(making) = making {
+            making.await.ok(); // One that panicked makes nothing any more.
         }
     }
 

@@ -295,12 +295,11 @@ impl<D: Disk> Writer<D> {
 
     /// Lets go of topics that ended and have nothing under way.
     fn retire(&self) {
-        let quiet = |topic: &Topic<D>| topic.in_flight.get() == 0 && !topic.tail_in_flight.get();
         let forgotten: Vec<Rc<Topic<D>>> = self
             .topics
             .borrow()
             .values()
-            .filter(|topic| quiet(topic) && topic.forgotten.borrow().is_some())
+            .filter(|topic| topic.is_quiet() && topic.forgotten.borrow().is_some())
             .cloned()
             .collect();
         for topic in forgotten {
@@ -346,6 +345,7 @@ impl<D: Disk> Writer<D> {
     async fn commit_end(&self, topic: &Topic<D>, end: End, turn: Turn) -> Result<(), StorageError> {
         let (reply, answer) = oneshot::channel();
         turn.wait().await;
+        topic.made().await;
         // What went before may have failed meanwhile: a truncated topic is never locked (INV-12).
         let end = if topic.failed.borrow().is_some() { End::Leave } else { end };
         let queued = self.context.committer.end(topic.record.no, end, reply).await;
@@ -487,7 +487,7 @@ impl<D: Disk> Writer<D> {
     }
 
     async fn write_and_commit(
-        &self,
+        self: &Rc<Self>,
         topic: &Topic<D>,
         chunk: &ChunkRows,
         end: Option<End>,
@@ -506,7 +506,7 @@ impl<D: Disk> Writer<D> {
 
     /// Writes the chunk, in a new segment if its first one fails, and queues its commit in order.
     async fn write_in_turn(
-        &self,
+        self: &Rc<Self>,
         topic: &Topic<D>,
         chunk: &ChunkRows,
         end: Option<End>,
@@ -518,7 +518,13 @@ impl<D: Disk> Writer<D> {
             let mut placed = None;
             let pending = {
                 let mut place = topic.place.lock().await;
-                place.write(&self.disk, &self.shared, &topic.schema, &topic.encoder, topic.record.no, chunk).await
+                let pending =
+                    place.write(&self.disk, &self.shared, &topic.schema, &topic.encoder, topic.record.no, chunk).await;
+                let ending = topic.ending.borrow().is_some();
+                if !ending && let Some(making) = place.make_ahead(&self.disk, &self.shared) {
+                    self.make_ahead(topic, making);
+                }
+                pending
             };
             let written = match pending {
                 Ok(pending) => {
@@ -533,6 +539,9 @@ impl<D: Disk> Writer<D> {
                 Err(error) => Err(error),
             };
             turn.wait().await;
+            if end.is_some() {
+                topic.made().await;
+            }
             // What went before failed for good: a later chunk must not stand behind a hole (INV-2).
             if let Some(cause) = topic.failed.borrow().clone() {
                 return Err(cause);
@@ -566,6 +575,16 @@ impl<D: Disk> Writer<D> {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Makes the next segment beside everything else.
+    fn make_ahead(self: &Rc<Self>, topic: &Topic<D>, making: impl Future<Output = ()> + 'static) {
+        let writer = Rc::clone(self);
+        let making = tokio::task::spawn_local(async move {
+            making.await;
+            writer.progress.notify_one();
+        });
+        topic.making.replace(Some(making));
     }
 
     /// Waits until the reserve may be used for what was taken already.

@@ -1,7 +1,7 @@
 //! The real disk: one tokio-uring ring per thread, registered aligned buffers, own submissions.
 //!
-//! This room alone has `unsafe` and names tokio-uring; both are here because the kernel borrows
-//! memory beyond any lifetime the compiler sees. The rule that makes it sound: whatever an entry
+//! This room alone has `unsafe` (also the allocator's, for that) and names tokio-uring; both are here because the
+//! kernel borrows memory beyond any lifetime the compiler sees. The rule that makes it sound: whatever an entry
 //! points to (buffer, path, descriptor) is the operation's stable data, owned by the driver until
 //! the completion arrives, also when the future is dropped.
 //!
@@ -9,6 +9,7 @@
 #![expect(unsafe_code, reason = "the kernel borrows buffers; every block says why it may")]
 
 mod aligned;
+pub mod allocator;
 
 pub use aligned::AlignedBuf;
 

@@ -1,0 +1,185 @@
+//! How a chunk is handed over: what a disk is asked for, and in what order.
+
+use super::*;
+use crate::catalog::records::{SequenceRecord, SessionRecord, TopicRecord};
+use crate::chunk::{Compression, Format};
+use crate::disk::Durability;
+use crate::ids::{SequenceId, SessionId};
+use crate::limits::RING_BUFFER_BYTES;
+use crate::ontology::{OntologyRecord, Origin};
+use arrow::array::{ArrayRef, BinaryArray, Int64Array};
+use arrow::datatypes::{DataType, Field, Schema};
+use std::cell::RefCell;
+use std::path::Path;
+
+/// What was asked of a [`Counting`] disk, in order.
+#[derive(Debug, PartialEq)]
+enum Asked {
+    Write(usize),
+    Breathe,
+}
+
+/// A disk that only notes when it was written to and when its thread parked.
+#[derive(Clone, Default)]
+struct Counting(Rc<RefCell<Vec<Asked>>>);
+
+#[expect(clippy::manual_async_fn, reason = "an async fn would hold on to its arguments")]
+impl Disk for Counting {
+    type File = ();
+    type Buf = Vec<u8>;
+    async fn buffer(&self) -> Vec<u8> {
+        vec![0; RING_BUFFER_BYTES]
+    }
+    fn registered(&self) -> bool {
+        false
+    }
+    async fn create(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    async fn open(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    fn write(
+        &self,
+        (): &(),
+        buf: Vec<u8>,
+        len: usize,
+        _at: u64,
+        _durability: Durability,
+    ) -> impl Future<Output = (io::Result<()>, Vec<u8>)> + 'static {
+        self.0.borrow_mut().push(Asked::Write(len));
+        async { (Ok(()), buf) }
+    }
+    fn read(
+        &self,
+        (): &(),
+        buf: Vec<u8>,
+        _len: usize,
+        _at: u64,
+    ) -> impl Future<Output = (io::Result<usize>, Vec<u8>)> + 'static {
+        async { (Ok(0), buf) }
+    }
+    fn sync(&self, (): &()) -> impl Future<Output = io::Result<()>> + 'static {
+        async { Ok(()) }
+    }
+    async fn allocate(&self, (): &(), _from: u64, _length: u64) -> io::Result<()> {
+        Ok(())
+    }
+    async fn truncate(&self, (): &(), _length: u64) -> io::Result<()> {
+        Ok(())
+    }
+    async fn make_dir(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    async fn sync_dir(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    async fn link(&self, _from: &Path, _to: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    async fn remove_dir(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    async fn breathe(&self) {
+        self.0.borrow_mut().push(Asked::Breathe);
+        tokio::task::yield_now().await;
+    }
+}
+
+fn blob_topic(schema: &Schema) -> TopicFacts {
+    let topic = TopicRecord {
+        no: TopicNo(1),
+        id: TopicId::random(),
+        sequence: SequenceId::random(),
+        session: SessionId::random(),
+        locator: "s/cam".to_owned(),
+        ontology_tag: "test".to_owned(),
+        format: Format::Image,
+        user_metadata: "{}".to_owned(),
+        created_at_ns: 0,
+        completed_at_ns: None,
+    };
+    let message = crate::schema::to_ipc(schema);
+    TopicFacts {
+        sequence: SequenceRecord {
+            id: topic.sequence,
+            name: "s".to_owned(),
+            user_metadata: "{}".to_owned(),
+            created_at_ns: 0,
+            v0_session: None,
+        },
+        session: SessionRecord {
+            id: topic.session,
+            locator: "s:x".to_owned(),
+            sequence: topic.sequence,
+            created_at_ns: 0,
+            completed_at_ns: None,
+        },
+        ontology: OntologyRecord {
+            tag: "test".to_owned(),
+            version: 1,
+            origin: Origin::FirstUse,
+            created_at_ns: 0,
+            schema: message.clone(),
+            derived: Vec::new(),
+        },
+        schema: message,
+        note: None,
+        topic,
+    }
+}
+
+/// Nothing a writer hands over waits behind more than one ring buffer's worth of encoding: its
+/// thread parks, which submits, at least once per mebibyte, even inside a single huge value.
+#[test]
+fn inv_10_a_writer_parks_at_least_once_per_mebibyte_even_within_one_value_of_40_mib() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let disk = Counting::default();
+    let asked = Rc::clone(&disk.0);
+    let work = async move {
+        let wire = Arc::new(Schema::new(vec![
+            Field::new("timestamp_ns", DataType::Int64, false),
+            Field::new("data", DataType::Binary, false),
+        ]));
+        let schema = TopicSchema::check(Arc::clone(&wire)).expect("a schema");
+        let blob = vec![7_u8; 40 << 20];
+        let columns: Vec<ArrayRef> =
+            vec![Arc::new(Int64Array::from(vec![1])), Arc::new(BinaryArray::from_vec(vec![&blob]))];
+        let chunk = ChunkRows {
+            batches: vec![RecordBatch::try_new(wire, columns).expect("a batch")],
+            marks: vec![BatchMark { rows: 1, hash: 0 }],
+            first_batch: 0,
+            first_row: 0,
+            data_bytes: 40 << 20,
+            time: Some((1, 1)),
+            time_sorted: true,
+        };
+        let shared = Shared {
+            data_dir: PathBuf::from("/nowhere"),
+            segment_bytes: 256 << 20,
+            index: true,
+            prealloc: Arc::new(PreallocBudget::new(0)),
+            counters: IoCounters::shared(),
+            // Never by time: only the count is under test.
+            encode_slice: Duration::from_secs(3600),
+        };
+        let facts = Arc::new(blob_topic(&schema.wire));
+        let topic = facts.topic.clone();
+        let encoder = TopicEncoder::new(&schema.stored, Compression::None).expect("an encoder");
+        let mut place = SegmentWriter::new(&shared, facts, 0);
+        let pending = place.write(&disk, &shared, &schema, &encoder, topic.no, &chunk).await.expect("written");
+        pending.durable(&disk).await.expect("durable");
+    };
+    tokio::task::LocalSet::new().block_on(&runtime, work);
+    let (mut since, mut most) = (0, 0);
+    for asked in asked.borrow().iter() {
+        match asked {
+            Asked::Write(bytes) => since += bytes,
+            Asked::Breathe => since = 0,
+        }
+        most = most.max(since);
+    }
+    assert!(most <= 2 * RING_BUFFER_BYTES, "{most} bytes were handed over without parking");
+    let parked = asked.borrow().iter().filter(|asked| **asked == Asked::Breathe).count();
+    assert!(parked >= 40, "parked {parked} times in 40 MiB");
+}
