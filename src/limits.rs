@@ -22,6 +22,10 @@ pub(crate) const WRITER_LANE_DEPTH: usize = 4096;
 /// would wake it thousands of times a second.
 pub(crate) const SMALL_BATCH_BYTES: u64 = 64 << 10;
 
+/// Most bytes of a DoPut descriptor's command: a locator, a key and a number as JSON. It is kept without a permit
+/// until the schema comes.
+pub(crate) const DESCRIPTOR_BYTES_MAX: usize = 64 << 10;
+
 /// Items in the committer's lane, over all writers and life-cycle changes.
 pub(crate) const COMMIT_LANE_DEPTH: usize = 4096;
 

@@ -9,15 +9,43 @@
 
 use crate::flight::status::invalid;
 use arrow::buffer::Buffer;
+use arrow_flight::flight_descriptor::DescriptorType;
 use arrow_flight::{FlightData, FlightDescriptor};
 use bytes::Bytes;
 use prost::Message;
 use tonic::Status;
 
+/// A FlightDescriptor without its path, which DoPut does not take: millions of empty parts would weigh twelve
+/// times their bytes.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Descriptor {
+    #[prost(enumeration = "DescriptorType", tag = "1")]
+    pub(crate) r#type: i32,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(crate) cmd: Bytes,
+}
+
+impl From<FlightDescriptor> for Descriptor {
+    fn from(descriptor: FlightDescriptor) -> Self {
+        Self { r#type: descriptor.r#type, cmd: descriptor.cmd }
+    }
+}
+
+/// What is used of a FlightData.
+#[derive(Clone, PartialEq, Message)]
+struct Fields {
+    #[prost(message, tag = "1")]
+    descriptor: Option<Descriptor>,
+    #[prost(bytes = "bytes", tag = "2")]
+    header: Bytes,
+    #[prost(bytes = "bytes", tag = "1000")]
+    body: Bytes,
+}
+
 /// What a message holds.
 #[derive(Debug)]
 pub(crate) struct Incoming {
-    pub(crate) descriptor: Option<FlightDescriptor>,
+    pub(crate) descriptor: Option<Descriptor>,
     pub(crate) header: Bytes,
     pub(crate) body: Buffer,
 }
@@ -25,7 +53,7 @@ pub(crate) struct Incoming {
 impl From<FlightData> for Incoming {
     fn from(message: FlightData) -> Self {
         Self {
-            descriptor: message.flight_descriptor,
+            descriptor: message.flight_descriptor.map(Descriptor::from),
             header: message.data_header,
             body: Buffer::from(message.data_body),
         }
@@ -86,7 +114,12 @@ impl Assembler {
             match next_field(rest)? {
                 Next::More => break,
                 Next::Field(length) if length <= rest.len() => self.whole += length,
-                Next::Field(_) => break,
+                Next::Field(length) => {
+                    // All of it at once: to grow by doubling would take up to twice what was admitted.
+                    let missing = length - rest.len();
+                    self.fields.reserve_exact(missing.min(self.left));
+                    break;
+                }
                 // Nobody sends it, and moving what is behind each of thousands would cost their square.
                 Next::Body(key, length) if self.body.is_some() => {
                     self.another = true;
@@ -122,13 +155,13 @@ impl Assembler {
 
     /// The message, once nothing is left to come.
     pub(crate) fn finish(self) -> Result<Incoming, Status> {
-        let fields = FlightData::decode(Bytes::from(self.fields))
+        let fields = Fields::decode(Bytes::from(self.fields))
             .map_err(|error| invalid(format!("the message is not FlightData: {error}")))?;
         let body = match self.body {
             Some(body) if !self.another => Buffer::from_vec(body.bytes),
-            _ => Buffer::from(fields.data_body),
+            _ => Buffer::from(fields.body),
         };
-        Ok(Incoming { descriptor: fields.flight_descriptor, header: fields.data_header, body })
+        Ok(Incoming { descriptor: fields.descriptor, header: fields.header, body })
     }
 }
 
@@ -197,7 +230,7 @@ mod tests {
         let expected = FlightData::decode(bytes).expect("protobuf");
         for piece in 1..=bytes.len() {
             let got = assemble(bytes, piece).expect("assembled");
-            assert_eq!(got.descriptor, expected.flight_descriptor);
+            assert_eq!(got.descriptor, expected.flight_descriptor.clone().map(Descriptor::from));
             assert_eq!(got.header, expected.data_header);
             assert_eq!(got.body.as_slice(), &expected.data_body[..], "in pieces of {piece}");
         }
@@ -237,6 +270,24 @@ mod tests {
         assembler.add(&bytes).expect("FlightData");
         // Moved for each of them, they would be 15 GB by now.
         assert_eq!(assembler.finish().expect("FlightData").body.as_slice(), b"the last one");
+    }
+
+    #[test]
+    fn inv_7_a_path_of_a_million_empty_parts_is_passed_over() {
+        let path = [0x1A, 0].repeat(1_000_000);
+        let mut bytes = vec![0x0A];
+        varint_of(path.len(), &mut bytes);
+        bytes.extend(path);
+        let incoming = assemble(&bytes, 4096).expect("assembled");
+        assert_eq!(incoming.descriptor, Some(Descriptor::default()));
+    }
+
+    fn varint_of(mut value: usize, out: &mut Vec<u8>) {
+        while value >= 0x80 {
+            out.push((value & 0x7F) as u8 | 0x80);
+            value >>= 7;
+        }
+        out.push(value as u8);
     }
 
     #[test]

@@ -49,8 +49,8 @@ impl Decoder {
                     .header_as_record_batch()
                     .ok_or_else(|| invalid("the message header is not a record batch"))?;
                 let mut weight = check_layout(&batch, &body, self.batch_memory_max)?;
-                if !aligned(&body) {
-                    weight += typed_bytes(&self.schema, &batch);
+                if batch.compression().is_none() {
+                    weight += badly_aligned_bytes(&self.schema, &batch, &body);
                 }
                 let version = message.version();
                 let decode_permit = self.claim(weight).await;
@@ -181,10 +181,6 @@ fn guarded<T>(decode: impl FnOnce() -> Result<T, arrow::error::ArrowError>) -> R
     }
 }
 
-fn aligned(body: &Buffer) -> bool {
-    (body.as_ptr() as usize).is_multiple_of(16)
-}
-
 /// Checks nodes and buffers against the body; returns what decompression will allocate, in bytes.
 fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], batch_memory_max: u64) -> Result<u64, Status> {
     if batch.length() < 0 {
@@ -199,7 +195,7 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], batch_memory_max: u64
         return Err(invalid("a view column claims an impossible number of buffers"));
     }
     let compressed = batch.compression().is_some();
-    let mut total = 0_u64;
+    let (mut total, mut stored) = (0_u64, 0_u64);
     for buffer in batch.buffers().into_iter().flatten() {
         let range = usize::try_from(buffer.offset()).ok().zip(usize::try_from(buffer.length()).ok());
         let bytes = range.and_then(|(offset, length)| body.get(offset..offset.checked_add(length)?));
@@ -212,6 +208,7 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], batch_memory_max: u64
                 body.len()
             )));
         };
+        stored += bytes.len() as u64;
         if compressed && let Some(claimed) = bytes.first_chunk::<8>() {
             let claimed = match i64::from_le_bytes(*claimed) {
                 -1 => bytes.len() as u64 - 8,
@@ -220,6 +217,13 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], batch_memory_max: u64
             };
             total = total.saturating_add(claimed);
         }
+    }
+    // What several columns show at once would weigh once here, and once for each of them in every copy and on disk.
+    if stored > body.len() as u64 {
+        return Err(invalid(format!(
+            "the buffers of the batch overlap: they claim {stored} bytes of a body of {}",
+            body.len()
+        )));
     }
     if total > batch_memory_max {
         return Err(Status::resource_exhausted(format!(
@@ -239,48 +243,118 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], batch_memory_max: u64
 /// Values that a column may claim without bytes behind them (nulls, empty structs).
 const VALUES_WITHOUT_BYTES_MAX: u64 = 1 << 20;
 
-/// Bytes of the buffers whose elements need an alignment: arrow-ipc copies them out of a body that
-/// lies badly. Bytes of texts and blobs need none.
-fn typed_bytes(schema: &Schema, batch: &ipc::RecordBatch<'_>) -> u64 {
-    let mut lengths = batch.buffers().into_iter().flatten().map(|buffer| u64::try_from(buffer.length()).unwrap_or(0));
+/// Bytes of the buffers that lie badly for their type: arrow-ipc copies them. At most the body's own, whose buffers
+/// do not overlap.
+fn badly_aligned_bytes(schema: &Schema, batch: &ipc::RecordBatch<'_>, body: &[u8]) -> u64 {
+    let start = body.as_ptr() as usize;
+    let mut places = batch.buffers().into_iter().flatten().map(|buffer| {
+        let (offset, length) = (usize::try_from(buffer.offset()), u64::try_from(buffer.length()));
+        (start.wrapping_add(offset.unwrap_or(0)), length.unwrap_or(0))
+    });
     let mut variadic = batch.variadicBufferCounts().into_iter().flatten();
-    schema.fields().iter().map(|field| typed_in_field(field.data_type(), &mut lengths, &mut variadic)).sum()
+    schema.fields().iter().map(|field| badly_aligned_in(field.data_type(), &mut places, &mut variadic)).sum()
 }
 
-fn typed_in_field(
+fn badly_aligned_in(
     data_type: &DataType,
-    lengths: &mut impl Iterator<Item = u64>,
+    places: &mut impl Iterator<Item = (usize, u64)>,
     variadic: &mut impl Iterator<Item = i64>,
 ) -> u64 {
     if data_type == &DataType::Null {
         return 0;
     }
-    lengths.next(); // Validity: bits.
+    places.next(); // Validity: bits.
     let layout = layout(data_type);
-    let mut typed = 0;
+    let mut bad = 0;
     for spec in &layout.buffers {
-        let length = lengths.next().unwrap_or(0);
+        let (address, length) = places.next().unwrap_or((0, 0));
         if let BufferSpec::FixedWidth { alignment, .. } = spec
-            && *alignment > 1
+            && !address.is_multiple_of(*alignment)
         {
-            typed += length;
+            bad += length;
         }
     }
     if layout.variadic {
         for _ in 0..variadic.next().unwrap_or(0) {
-            lengths.next();
+            places.next();
         }
     }
-    let mut children = |child: &DataType| typed_in_field(child, lengths, variadic);
-    typed
-        + match data_type {
-            DataType::Struct(fields) => fields.iter().map(|field| children(field.data_type())).sum(),
-            DataType::List(child)
-            | DataType::LargeList(child)
-            | DataType::ListView(child)
-            | DataType::LargeListView(child)
-            | DataType::FixedSizeList(child, _)
-            | DataType::Map(child, _) => children(child.data_type()),
-            _ => 0,
+    let mut children = |child: &DataType| badly_aligned_in(child, places, variadic);
+    bad + match data_type {
+        DataType::Struct(fields) => fields.iter().map(|field| children(field.data_type())).sum(),
+        DataType::List(child)
+        | DataType::LargeList(child)
+        | DataType::ListView(child)
+        | DataType::LargeListView(child)
+        | DataType::FixedSizeList(child, _)
+        | DataType::Map(child, _) => children(child.data_type()),
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::array::{Decimal128Array, Int64Array};
+    use arrow::datatypes::Field;
+    use arrow::ipc::MetadataVersion;
+    use arrow::ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, IpcWriteOptions};
+
+    /// Header and body of a batch, its buffers padded to 8 bytes as some writers do.
+    fn message(rows: &RecordBatch) -> (Vec<u8>, Vec<u8>) {
+        let options = IpcWriteOptions::try_new(8, false, MetadataVersion::V5).expect("options");
+        let mut tracker = DictionaryTracker::new(false);
+        let mut context = IpcWriteContext::default();
+        let (_, encoded) =
+            IpcDataGenerator::default().encode(rows, &mut tracker, &options, &mut context).expect("encodes");
+        (encoded.ipc_message, encoded.arrow_data)
+    }
+
+    fn batch(columns: Vec<(&str, ArrayRef)>) -> RecordBatch {
+        let fields: Vec<Field> =
+            columns.iter().map(|(name, array)| Field::new(*name, array.data_type().clone(), false)).collect();
+        RecordBatch::try_new(Arc::new(Schema::new(fields)), columns.into_iter().map(|(_, array)| array).collect())
+            .expect("a batch")
+    }
+
+    async fn decode(schema: SchemaRef, header: Vec<u8>, body: Vec<u8>) -> Result<Decoded, Status> {
+        let budget = Budget::new(64 << 20);
+        let permit = budget.receive.claim(body.len() as u64).await;
+        Decoder::new(schema, 64 << 20, budget).decode(&Bytes::from(header), Buffer::from_vec(body), permit).await
+    }
+
+    #[tokio::test]
+    async fn inv_7_a_copy_for_alignment_is_claimed() {
+        let decimals = Decimal128Array::from(vec![7; 1001]);
+        let rows = batch(vec![("a", Arc::new(Int64Array::from(vec![1; 1001]))), ("b", Arc::new(decimals))]);
+        let (header, body) = message(&rows);
+        // 1,001 integers of 8 bytes leave the decimals of 16 on an odd multiple of 8.
+        let decoded = decode(rows.schema(), header, body).await.expect("decodes");
+        let Decoded::Batch(back, Some(permit), _) = decoded else { panic!("no permit for the copy") };
+        assert_eq!(back, rows);
+        assert_eq!(permit.bytes(), 16 * 1001);
+    }
+
+    #[tokio::test]
+    async fn inv_7_what_lies_well_costs_nothing() {
+        let rows = batch(vec![("a", Arc::new(Int64Array::from(vec![1; 1001])))]);
+        let (header, body) = message(&rows);
+        assert!(matches!(decode(rows.schema(), header, body).await, Ok(Decoded::Batch(_, None, _))));
+    }
+
+    #[tokio::test]
+    async fn inv_7_buffers_that_overlap_are_refused() {
+        let numbers: ArrayRef = Arc::new(Int64Array::from(vec![1; 16]));
+        let rows = batch(vec![("a", Arc::clone(&numbers)), ("b", numbers)]);
+        let (mut header, body) = message(&rows);
+        assert_eq!(body.len(), 256);
+        // Both columns claim the whole body instead of 128 bytes each.
+        for offset in [0_i64, 128] {
+            let honest = [offset.to_le_bytes(), 128_i64.to_le_bytes()].concat();
+            let at = header.windows(16).position(|window| window == honest).expect("the buffer");
+            header[at..at + 16].copy_from_slice(&[0_i64.to_le_bytes(), 256_i64.to_le_bytes()].concat());
         }
+        let refused = decode(rows.schema(), header, body).await.err().expect("refused");
+        assert!(refused.message().contains("overlap: they claim 512 bytes of a body of 256"), "{refused}");
+    }
 }

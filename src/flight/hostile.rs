@@ -83,7 +83,7 @@ fn put(data: &[u8]) {
         rest = after;
         Bytes::copy_from_slice(part)
     };
-    let descriptor = FlightDescriptor::new_cmd(part());
+    let descriptor = FlightDescriptor::new_cmd(part()).into();
     put::target(&descriptor, &Connection::default()).ok(); // Refused or not: it is read.
     let Ok(wire) = schema(&part()) else { return };
     let Ok(checked) = TopicSchema::check(wire) else { return };

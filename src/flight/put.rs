@@ -5,7 +5,7 @@
 //! go out while the stream runs and coalesce by themselves: a client that never reads them is never
 //! blocked. The work is a task of its own: a client that goes away cannot stop it half-way.
 
-use crate::flight::assemble::Incoming;
+use crate::flight::assemble::{Descriptor, Incoming};
 use crate::flight::decode::{self, Decoded, Decoder};
 use crate::flight::dialect::{Connection, Hint};
 use crate::flight::service::Shared;
@@ -23,6 +23,7 @@ use crate::stats::{Station, Stats};
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::Int64Type;
 use arrow_flight::{FlightData, PutResult};
+use bytes::Bytes;
 use futures::{FutureExt, Stream};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -152,26 +153,30 @@ impl Ingest {
         if *self.shared.health.space.borrow() == Space::Full {
             return Err(disk_is_full("the upload was not begun"));
         }
-        let mut descriptor = None;
-        let first = loop {
+        let mut descriptor: Option<Descriptor> = None;
+        let (_permit, header) = loop {
             let message = stream.message().await?;
             let Some(message) = message else {
                 return Err(invalid(
                     "the stream ended without a schema; the first message carries descriptor and schema",
                 ));
             };
-            // The permit holds no more than the message itself, which is gone after this.
-            let (_permit, message) = self.admitted(message)?;
-            descriptor = descriptor.or_else(|| message.descriptor.clone());
+            let (permit, message) = self.admitted(message)?;
+            if descriptor.is_none()
+                && let Some(found) = message.descriptor
+            {
+                // A copy: what is kept while the next message is waited for has no permit.
+                descriptor = Some(Descriptor { cmd: small_command(&found.cmd)?, ..found });
+            }
             if !message.header.is_empty() {
-                break message;
+                break (permit, message.header);
             }
         };
         let descriptor = descriptor.ok_or_else(|| {
             invalid("DoPut without a descriptor; send a CMD descriptor with resource_locator and topic_uuid")
         })?;
         let (locator, key, resume_from) = target(&descriptor, &self.connection)?;
-        let wire = decode::schema(&first.header)?;
+        let wire = decode::schema(&header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
         self.monitor.set_overhead(limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
         Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), resume_from).await?)
@@ -254,9 +259,21 @@ impl Ingest {
     }
 }
 
+/// A copy of a descriptor's command, which names a topic and is no longer than that takes.
+fn small_command(command: &[u8]) -> Result<Bytes, Status> {
+    if command.len() > limits::DESCRIPTOR_BYTES_MAX {
+        return Err(invalid(format!(
+            "the DoPut descriptor has {} bytes, over the limit of {}; it names resource_locator and topic_uuid, nothing else",
+            command.len(),
+            limits::DESCRIPTOR_BYTES_MAX
+        )));
+    }
+    Ok(Bytes::copy_from_slice(command))
+}
+
 /// The topic, its key, and the number of the first batch if the upload goes on with an earlier one.
 pub(super) fn target(
-    descriptor: &arrow_flight::FlightDescriptor,
+    descriptor: &Descriptor,
     connection: &Connection,
 ) -> Result<(String, TopicId, Option<u64>), Status> {
     use arrow_flight::flight_descriptor::DescriptorType;

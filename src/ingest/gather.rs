@@ -1,4 +1,4 @@
-//! When a chunk closes: one pure question with a named answer (design.md section 4).
+//! When a chunk closes: one pure question with a named answer (design.md section 4), and how much the tail takes.
 //!
 //! No clock inside: ages come in, so a table tests it.
 
@@ -27,6 +27,8 @@ pub(crate) struct OpenChunk {
     pub(crate) oldest_unsafe: Option<Duration>,
     /// Whether this is the largest open chunk while memory is short.
     pub(crate) gives_way: bool,
+    /// Whether the tail has room for what is unsafe.
+    pub(crate) tail_takes_it: bool,
 }
 
 /// What to do with it now.
@@ -51,6 +53,8 @@ pub(crate) enum Why {
     Pressure,
     /// It lay in the tail too long.
     Age,
+    /// The tail takes no more now.
+    Crowd,
 }
 
 /// The least weight worth a row group after [`ChunkRule::commit_interval`], in data bytes.
@@ -61,6 +65,10 @@ pub(crate) const fn floor_bytes(format: Format) -> u64 {
         Format::Image => 128 << 10,
     }
 }
+
+/// The least weight of a row group while the tail takes no more, in data bytes; below it a row group costs more
+/// than its rows.
+const CROWD_FLOOR_BYTES: u64 = 128 << 10;
 
 /// Decides over an open chunk that holds at least one batch.
 pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Verdict {
@@ -77,11 +85,49 @@ pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Ve
         Some(age) if rule.commit_interval <= age => {
             if floor_bytes(format) <= chunk.data_bytes {
                 Verdict::Close(Why::Time)
+            } else if !chunk.tail_takes_it && CROWD_FLOOR_BYTES <= chunk.data_bytes {
+                Verdict::Close(Why::Crowd)
             } else {
                 Verdict::Tail
             }
         }
         _ => Verdict::Wait,
+    }
+}
+
+/// What a writer's topics may put into the tail: RocksDB flushes and merges what goes there, and stalls its writers
+/// when that is too much.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TailRate {
+    /// Bytes that may go now.
+    bytes: u64,
+}
+
+impl TailRate {
+    /// Bytes a second: under what RocksDB's flushes are held to.
+    const PER_SECOND: u64 = 25 << 20;
+    /// Bytes at once: what hundreds of slow topics bring together.
+    const BURST: u64 = 4 << 20;
+
+    /// Nothing was put there yet.
+    pub(crate) fn new() -> Self {
+        Self { bytes: Self::BURST }
+    }
+
+    /// Notes that time has passed.
+    pub(crate) fn refill(&mut self, passed: Duration) {
+        let more = passed.as_micros().saturating_mul(u128::from(Self::PER_SECOND)) / 1_000_000;
+        self.bytes = Self::BURST.min(self.bytes.saturating_add(u64::try_from(more).unwrap_or(u64::MAX)));
+    }
+
+    /// Whether so many bytes may go.
+    pub(crate) fn has(&self, bytes: u64) -> bool {
+        bytes <= self.bytes
+    }
+
+    /// Notes that they went. What is too small for a row group goes all the same.
+    pub(crate) fn take(&mut self, bytes: u64) {
+        self.bytes = self.bytes.saturating_sub(bytes);
     }
 }
 
@@ -108,8 +154,49 @@ mod tests {
         gives_way: bool,
         expected: Verdict,
     ) {
-        let chunk = OpenChunk { data_bytes, oldest: ms(oldest), oldest_unsafe: oldest_unsafe.map(ms), gives_way };
+        let (oldest, oldest_unsafe) = (ms(oldest), oldest_unsafe.map(ms));
+        let chunk = OpenChunk { data_bytes, oldest, oldest_unsafe, gives_way, tail_takes_it: true };
         assert_eq!(verdict(&RULE, format, &chunk), expected);
+    }
+
+    #[test]
+    fn what_a_crowded_tail_does_not_take_closes_if_it_is_worth_a_row_group() {
+        let crowded = |data_bytes| OpenChunk {
+            data_bytes,
+            oldest: ms(50),
+            oldest_unsafe: Some(ms(50)),
+            gives_way: false,
+            tail_takes_it: false,
+        };
+        assert_eq!(verdict(&RULE, Format::Default, &crowded(128 << 10)), Verdict::Close(Why::Crowd));
+        assert_eq!(verdict(&RULE, Format::Default, &crowded((128 << 10) - 1)), Verdict::Tail);
+        let waiting = OpenChunk { oldest_unsafe: Some(ms(49)), ..crowded(128 << 10) };
+        assert_eq!(verdict(&RULE, Format::Default, &waiting), Verdict::Wait);
+    }
+
+    #[test]
+    fn the_tail_takes_a_burst_and_then_its_rate_however_often_it_is_asked() {
+        let mut rate = TailRate::new();
+        let mut taken = 0;
+        // A second of looks, one every tenth of a millisecond, each with a topic of 100 KiB.
+        for _ in 0..10_000 {
+            rate.refill(Duration::from_micros(100));
+            if rate.has(100 << 10) {
+                rate.take(100 << 10);
+                taken += 100 << 10;
+            }
+        }
+        assert!((TailRate::PER_SECOND..=TailRate::PER_SECOND + TailRate::BURST).contains(&taken), "{taken}");
+    }
+
+    #[test]
+    fn one_topic_of_five_megabytes_a_second_keeps_its_floor() {
+        let mut rate = TailRate::new();
+        for _ in 0..1000 {
+            rate.refill(ms(50));
+            assert!(rate.has(250_000));
+            rate.take(250_000);
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use crate::ingest::admit::Permit;
 use crate::ingest::committer::{End, Watermark};
-use crate::ingest::gather::OpenChunk;
+use crate::ingest::gather::{OpenChunk, TailRate};
 use crate::limits;
 use arrow::array::RecordBatch;
 use std::cell::{Cell, RefCell};
@@ -234,7 +234,7 @@ impl<D: Disk> Topic<D> {
     }
 
     /// The open chunk as it will be at a time.
-    pub(super) fn look(&self, at: Instant, gives_way: bool) -> OpenChunk {
+    pub(super) fn look(&self, at: Instant, gives_way: bool, tail: &TailRate) -> OpenChunk {
         let open = self.open.borrow();
         let age = |since: Instant| at.saturating_duration_since(since);
         OpenChunk {
@@ -242,6 +242,7 @@ impl<D: Disk> Topic<D> {
             oldest: open.oldest.map_or(Duration::ZERO, age),
             oldest_unsafe: open.oldest_fresh.map(age),
             gives_way,
+            tail_takes_it: tail.has(open.data_bytes - open.safe_bytes),
         }
     }
 

@@ -9,7 +9,7 @@
 use crate::health::{Health, Space};
 use crate::ingest::admit::Budget;
 use crate::ingest::committer::{ChunkCommit, CommitHandle, End, Watermark};
-use crate::ingest::gather::{ChunkRule, Verdict, Why, floor_bytes, verdict};
+use crate::ingest::gather::{ChunkRule, TailRate, Verdict, Why, floor_bytes, verdict};
 use crate::ingest::lane::{Receiver, Sender};
 use crate::ingest::steward::StewardHandle;
 use crate::ingest::topic::{Batch, Open, Start, Topic, Turn, rows_of};
@@ -87,6 +87,9 @@ struct Writer<D: Disk> {
     flushes: Cell<usize>,
     /// Data bytes of the chunks between close and commit.
     flushing_bytes: Cell<u64>,
+    /// What may go to the tail now.
+    tail_rate: Cell<TailRate>,
+    tail_refilled: Cell<Instant>,
     /// Woken by every flush that ends.
     progress: tokio::sync::Notify,
 }
@@ -110,6 +113,8 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         abandoned: RefCell::default(),
         flushes: Cell::new(0),
         flushing_bytes: Cell::new(0),
+        tail_rate: Cell::new(TailRate::new()),
+        tail_refilled: Cell::new(Instant::now()),
         progress: tokio::sync::Notify::new(),
     });
     let mut stopping: Option<oneshot::Sender<()>> = None;
@@ -136,7 +141,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
             writer.disk.breathe().await;
             continue;
         }
-        lane.looks_by_itself(wait <= LOOK_INTERVAL);
+        lane.looks_by_itself(wait <= writer.look_interval());
         // Cancel-safety: all three only wait; nothing is taken by them.
         tokio::select! {
             more = lane.ready() => if !more && stopping.is_none() { return },
@@ -146,14 +151,13 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
     }
 }
 
-/// How often lane and open chunks are looked at while there are any: small batches do not wake the thread, and
-/// memory may become short meanwhile.
-const LOOK_INTERVAL: Duration = Duration::from_millis(5);
-/// Bytes that go to the tail at one look, before topics with at least [`TAIL_TOPIC_BYTES_MAX`] become chunks
-/// instead, however small: 25 MB/s, what RocksDB flushes and merges without stalling its writers.
-const TAIL_BYTES_PER_LOOK: u64 = 128 << 10;
-/// See [`TAIL_BYTES_PER_LOOK`]; below this a row group costs more than its rows.
-const TAIL_TOPIC_BYTES_MAX: u64 = 128 << 10;
+/// How often lane and open chunks are looked at, at most, while batches wait there to become durable: small ones do
+/// not wake the thread. At least once in a commit interval.
+const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(5);
+/// A commit interval shorter than this is kept as if it were this.
+const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
+/// The same while all batches are safe and only their age is waited for; memory may become short meanwhile.
+const SAFE_LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// The wait of a writer that has nothing open.
 const IDLE_WAIT: Duration = Duration::from_secs(3600);
 
@@ -236,15 +240,17 @@ impl<D: Disk> Writer<D> {
     fn decide(self: &Rc<Self>) -> Duration {
         let topics: Vec<Rc<Topic<D>>> = self.topics.borrow().values().cloned().collect();
         let giving_way = self.giving_way(&topics);
-        let next_look = Instant::now() + LOOK_INTERVAL;
+        let now = Instant::now();
+        let next_look = now + self.look_interval();
+        let mut tail = self.tail_rate.get();
+        tail.refill(now.duration_since(self.tail_refilled.replace(now)));
         let mut wait = IDLE_WAIT;
-        let mut tail_bytes = 0;
         for topic in topics {
             if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() {
                 continue;
             }
-            wait = LOOK_INTERVAL;
-            let seen = topic.look(next_look, giving_way.contains(&topic.record.no));
+            let seen = topic.look(next_look, giving_way.contains(&topic.record.no), &tail);
+            wait = wait.min(if seen.oldest_unsafe.is_some() { self.look_interval() } else { SAFE_LOOK_INTERVAL });
             match verdict(&self.context.rule, topic.record.format, &seen) {
                 Verdict::Close(why) => {
                     // A full house: the chunk waits for a flush to end, which wakes this loop.
@@ -254,20 +260,19 @@ impl<D: Disk> Writer<D> {
                 }
                 // Behind a chunk that is being written the tail would have to wait for it anyway.
                 Verdict::Tail if topic.in_flight.get() == 0 && !topic.tail_in_flight.get() => {
-                    tail_bytes += topic.unsafe_bytes();
-                    if TAIL_BYTES_PER_LOOK < tail_bytes
-                        && TAIL_TOPIC_BYTES_MAX <= seen.data_bytes
-                        && self.flushes.get() < limits::FLUSHES_IN_FLIGHT_MAX
-                    {
-                        self.flush(&topic, None);
-                    } else {
-                        self.tail(&topic);
-                    }
+                    tail.take(topic.unsafe_bytes());
+                    self.tail(&topic);
                 }
                 Verdict::Tail | Verdict::Wait => {}
             }
         }
+        self.tail_rate.set(tail);
         wait
+    }
+
+    /// How soon what waits to become durable is looked at again.
+    fn look_interval(&self) -> Duration {
+        LOOK_INTERVAL_MAX.min(self.context.rule.commit_interval).max(LOOK_INTERVAL_MIN)
     }
 
     /// The largest open chunks, to be closed because memory is short: as many as make, with what is
@@ -320,8 +325,12 @@ impl<D: Disk> Writer<D> {
             let open = topic.open.borrow();
             (open.marks.is_empty(), floor_bytes(topic.record.format) <= open.data_bytes)
         };
-        // Small batches are safe before the chunk that ends their topic is: hundreds of topics may end at once.
-        if !failed && !enough && !topic.open.borrow().fresh.is_empty() {
+        // Small batches are safe before the chunk that ends their topic is, as far as the tail takes them: hundreds of
+        // topics may end at once.
+        let (mut tail, bytes) = (self.tail_rate.get(), topic.unsafe_bytes());
+        if !failed && !enough && !topic.open.borrow().fresh.is_empty() && tail.has(bytes) {
+            tail.take(bytes);
+            self.tail_rate.set(tail);
             self.tail(topic);
         }
         let failed = topic.failed.borrow().is_some();

@@ -189,28 +189,24 @@ async fn topic<D: Disk>(
             Err(error) => done.missing.push(format!("{}: {error}", path.display())),
         }
     }
+    // A footer that says so was written after the lock was durable, whichever segment's it is: a crash may have met
+    // the sealing of the others, and what lies behind a gap is moved away next.
+    let mut completed = None;
+    for path in heads.values().map(|(path, _, _)| path).chain(&silent) {
+        completed = completed.or(found::completed_at(disk, path).await);
+    }
     let mut topic = match locked {
         Some(locked) => locked_topic(facts, locked, candidates),
         None => open_topic(disk, data_dir, facts, candidates, done).await?,
     };
     if topic.locked.is_none() {
-        // A footer that says so was written after the lock was durable, whichever segment's it is: a crash may have
-        // met the sealing of the others. A topic that never had a row has one segment, without a chunk.
-        let no_rows = topic.segments.is_empty();
-        let empty = heads.iter().next_back().filter(|_| no_rows).map(|(no, (_, head, end))| SegmentRecord {
-            no: *no,
-            id: head.segment_id,
-            epoch: head.epoch,
-            end_offset: *end,
-            sealed_length: None,
-        });
-        for segment in topic.segments.clone().into_iter().chain(empty) {
-            let path = dir.join(segment::file_name(segment.no));
-            let completed = found::completed_at(disk, &path).await;
-            if completed.is_some() && no_rows {
-                topic.segments.push(segment);
-            }
-            topic.record.completed_at_ns = topic.record.completed_at_ns.or(completed);
+        topic.record.completed_at_ns = topic.record.completed_at_ns.or(completed);
+        // A topic that never had a row has one segment, without a chunk.
+        if let Some((no, (path, head, end_offset))) = heads.iter().next_back().filter(|_| topic.segments.is_empty())
+            && found::completed_at(disk, path).await.is_some()
+        {
+            let (id, epoch, end_offset) = (head.segment_id, head.epoch, *end_offset);
+            topic.segments.push(SegmentRecord { no: *no, id, epoch, end_offset, sealed_length: None });
         }
     }
     for path in silent {

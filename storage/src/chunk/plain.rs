@@ -2,16 +2,14 @@
 //!
 //! Guarantees: what comes out is what Parquet's own writer would mean (its reader gives back the same rows; tests
 //! hold that for random nestings); values that lie together in memory come as pieces of that memory; levels are
-//! found as runs, so a list of 130,000 points costs two of them. A page ends on a row boundary.
+//! found as runs, so a list of 130,000 points costs two of them; what a step makes anew is about a page. A page ends on a row boundary.
 //! Does not know: columns with another encoding or a codec; those go through Parquet's writer.
 //!
 //! Formats: parquet-format, Encodings.md ("PLAIN = 0") and parquet.thrift (`PageHeader`, compact protocol).
 
-use super::levels::{Runs, varint};
+use super::levels::{Levels, varint};
 use crate::error::{Result, StorageError};
-use arrow::array::{
-    Array, ArrayRef, ArrowPrimitiveType, AsArray, BooleanBufferBuilder, OffsetSizeTrait, PrimitiveArray, layout,
-};
+use arrow::array::{Array, ArrayRef, ArrowPrimitiveType, AsArray, BooleanBufferBuilder, OffsetSizeTrait, layout};
 use arrow::buffer::{BooleanBuffer, Buffer, NullBuffer, OffsetBuffer};
 use arrow::datatypes::{DataType, Field, Int8Type, Int16Type, UInt8Type, UInt16Type};
 use bytes::Bytes;
@@ -62,6 +60,17 @@ enum Narrow {
     Int16,
     UInt8,
     UInt16,
+}
+
+impl Narrow {
+    fn data_type(self) -> DataType {
+        match self {
+            Self::Int8 => DataType::Int8,
+            Self::Int16 => DataType::Int16,
+            Self::UInt8 => DataType::UInt8,
+            Self::UInt16 => DataType::UInt16,
+        }
+    }
 }
 
 /// The leaves of a field, if all of them can be written this way; `descriptors`: Parquet's own of these leaves.
@@ -187,7 +196,7 @@ fn range<O: OffsetSizeTrait>(offsets: &OffsetBuffer<O>, index: usize) -> Range<u
 enum Values {
     Bits(BooleanBuffer),
     Fixed { bytes: Buffer, width: usize },
-    Wide(Vec<i32>),
+    Narrow { array: ArrayRef, narrow: Narrow },
     Bytes { offsets: Offsets, bytes: Buffer },
 }
 
@@ -360,14 +369,8 @@ fn values(kind: Kind, array: &ArrayRef) -> Result<Values> {
             let bytes = data.buffers().first().ok_or_else(|| unexpected(array))?;
             Ok(Values::Fixed { bytes: bytes.slice_with_length(data.offset() * width, data.len() * width), width })
         }
-        (Kind::Narrow(narrow), _) => {
-            let wide = match narrow {
-                Narrow::Int8 => array.as_primitive_opt::<Int8Type>().map(widened),
-                Narrow::Int16 => array.as_primitive_opt::<Int16Type>().map(widened),
-                Narrow::UInt8 => array.as_primitive_opt::<UInt8Type>().map(widened),
-                Narrow::UInt16 => array.as_primitive_opt::<UInt16Type>().map(widened),
-            };
-            Ok(Values::Wide(wide.ok_or_else(|| unexpected(array))?))
+        (Kind::Narrow(narrow), found) if *found == narrow.data_type() => {
+            Ok(Values::Narrow { array: array.clone(), narrow })
         }
         (Kind::Bytes, DataType::Utf8) => {
             let array = array.as_string::<i32>();
@@ -389,15 +392,20 @@ fn values(kind: Kind, array: &ArrayRef) -> Result<Values> {
     }
 }
 
-fn widened<T: ArrowPrimitiveType<Native: Into<i32>>>(array: &PrimitiveArray<T>) -> Vec<i32> {
-    array.values().iter().map(|value| (*value).into()).collect()
+/// Appends values as four bytes each.
+fn widen<T: ArrowPrimitiveType<Native: Into<i32>>>(array: &ArrayRef, slots: Range<usize>, out: &mut Vec<u8>) {
+    let values = array.as_primitive::<T>().values();
+    out.extend(values.get(slots).unwrap_or(&[]).iter().flat_map(|value| {
+        let wide: i32 = (*value).into();
+        wide.to_le_bytes()
+    }));
 }
 
 /// A page while it is filled.
 #[derive(Debug, Default)]
 pub(super) struct Page {
-    defs: Runs,
-    reps: Runs,
+    defs: Levels,
+    reps: Levels,
     slots: usize,
     bits: Option<BooleanBufferBuilder>,
     pieces: Vec<Bytes>,
@@ -418,7 +426,7 @@ impl AsRef<[u8]> for Memory {
 impl Page {
     /// About what it will take in the file, in bytes.
     pub(super) fn weight(&self) -> usize {
-        self.value_bytes + 2 * (self.defs.len() + self.reps.len()) + self.slots / 8
+        self.value_bytes + self.defs.len() + self.reps.len()
     }
 
     /// Whether nothing was added.
@@ -428,11 +436,11 @@ impl Page {
 
     fn levels(&mut self, leaf: &Leaf, def: u8, place: Place, count: usize) {
         if leaf.max_def > 0 {
-            self.defs.push(def, count);
+            self.defs.push(leaf.max_def, def, count);
         }
         if leaf.max_rep > 0 {
-            self.reps.push(place.first_rep, count.min(1));
-            self.reps.push(place.depth, count.saturating_sub(1));
+            self.reps.push(leaf.max_rep, place.first_rep, count.min(1));
+            self.reps.push(leaf.max_rep, place.depth, count.saturating_sub(1));
         }
         self.slots += count;
     }
@@ -445,10 +453,14 @@ impl Page {
                 self.value_bytes = builder.len() / 8;
             }
             Values::Fixed { bytes, width } => self.piece(bytes, slots.start * width..slots.end * width),
-            Values::Wide(values) => {
-                let values = values.get(slots).unwrap_or(&[]);
-                self.value_bytes += size_of_val(values);
-                self.open.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            Values::Narrow { array, narrow } => {
+                self.value_bytes += 4 * slots.len();
+                match narrow {
+                    Narrow::Int8 => widen::<Int8Type>(array, slots, &mut self.open),
+                    Narrow::Int16 => widen::<Int16Type>(array, slots, &mut self.open),
+                    Narrow::UInt8 => widen::<UInt8Type>(array, slots, &mut self.open),
+                    Narrow::UInt16 => widen::<UInt16Type>(array, slots, &mut self.open),
+                }
             }
             Values::Bytes { offsets, bytes } => {
                 for slot in slots {
