@@ -145,7 +145,7 @@ pub(crate) const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 pub(crate) const FRAME_BYTES: u32 = 1 << 20;
 
 /// Window of a stream at most; see [`stream_window_bytes`].
-pub(crate) const STREAM_WINDOW_BYTES_MAX: u64 = 2 << 20;
+pub(crate) const STREAM_WINDOW_BYTES_MAX: u64 = 512 << 10;
 /// Window of a stream at least.
 pub(crate) const STREAM_WINDOW_BYTES_MIN: u64 = 64 << 10;
 

@@ -47,9 +47,9 @@ pub(super) type Answer = oneshot::Sender<Result<(), StorageError>>;
 #[derive(Default)]
 pub(super) struct Open {
     /// Joined rows whose batches are in the tail, or on their way there.
-    pub(super) safe: Vec<RecordBatch>,
+    pub(super) safe: Pieces,
     /// Rows that are nowhere else.
-    pub(super) fresh: Vec<RecordBatch>,
+    pub(super) fresh: Pieces,
     pub(super) marks: Vec<BatchMark>,
     pub(super) safe_marks: usize,
     pub(super) safe_bytes: u64,
@@ -147,7 +147,7 @@ impl<D: Disk> Topic<D> {
             // Runs came one after another, and whether their times did is not kept.
             sorted: start.tail.is_empty(),
             oldest: (!start.marks.is_empty()).then(Instant::now),
-            safe: start.tail,
+            safe: start.tail.into(),
             marks: start.marks,
             safe_bytes: start.tail_bytes,
             data_bytes: start.tail_bytes,
@@ -224,11 +224,7 @@ impl<D: Disk> Topic<D> {
         open.data_bytes += batch.data_bytes;
         join(&mut open.permits, Some(batch.permit));
         join(&mut open.decode_permits, batch.decode_permit);
-        if batch.rows.num_rows() > 0 {
-            open.fresh.push(batch.rows);
-        }
-        if open.fresh.len() >= limits::COALESCE_PIECES {
-            coalesce(&self.schema, &mut open.fresh);
+        if batch.rows.num_rows() > 0 && open.fresh.push(&self.schema, batch.rows) {
             open.shrink_permits();
         }
     }
@@ -263,7 +259,7 @@ impl<D: Disk> Topic<D> {
         let (chunk_batch, chunk_row) = self.next.get();
         let first_batch = chunk_batch + open.safe_marks as u64;
         let first_row = chunk_row + rows_of(&open.marks, 0) - rows_of(&marks, 0);
-        let fresh = std::mem::take(&mut open.fresh);
+        let fresh = std::mem::take(&mut open.fresh).into_batches();
         let rows = arrow::compute::concat_batches(&self.schema.stored, &fresh)?;
         drop(fresh);
         let run = TailRun::pack(
@@ -275,14 +271,11 @@ impl<D: Disk> Topic<D> {
             open.fresh_time.take(),
         )?;
         if rows.num_rows() > 0 {
-            open.safe.push(rows);
+            open.safe.push(&self.schema, rows);
         }
         open.safe_marks = open.marks.len();
         open.safe_bytes = open.data_bytes;
         open.oldest_fresh = None;
-        if open.safe.len() >= limits::COALESCE_PIECES {
-            coalesce(&self.schema, &mut open.safe);
-        }
         open.shrink_permits();
         Ok(Some((run, std::mem::take(&mut open.arrivals))))
     }
@@ -314,7 +307,7 @@ impl Open {
         if claimed < limits::SHRINK_FROM_BYTES {
             return;
         }
-        let held: usize = self.safe.iter().chain(&self.fresh).map(RecordBatch::get_array_memory_size).sum();
+        let held: usize = self.safe.iter().chain(self.fresh.iter()).map(RecordBatch::get_array_memory_size).sum();
         let mut held = held as u64 + size_of::<BatchMark>() as u64 * self.marks.len() as u64;
         for permits in [&mut self.permits, &mut self.decode_permits].into_iter().flatten() {
             permits.shrink_to(held);
@@ -323,15 +316,100 @@ impl Open {
     }
 }
 
-/// Joins runs of small pieces, keeping their order; large ones stay as they are.
-pub(super) fn coalesce(schema: &TopicSchema, pieces: &mut Vec<RecordBatch>) {
-    let is_small = |piece: &RecordBatch| piece.get_array_memory_size() <= limits::COALESCE_PIECE_BYTES;
-    let mut joined: Vec<RecordBatch> = Vec::new();
-    for group in pieces.chunk_by(|a, b| is_small(a) && is_small(b)) {
-        match arrow::compute::concat_batches(&schema.stored, group) {
-            Ok(one) if group.len() > 1 => joined.push(one),
-            _ => joined.extend_from_slice(group),
+/// Rows in the pieces that they came in, small ones joined: each array costs as much as hundreds of bytes.
+#[derive(Default)]
+pub(super) struct Pieces {
+    batches: Vec<RecordBatch>,
+    /// So many in front are not looked at again: no small one is among them that another may come to.
+    settled: usize,
+}
+
+impl Pieces {
+    /// Adds rows; says whether pieces were joined.
+    pub(super) fn push(&mut self, schema: &TopicSchema, rows: RecordBatch) -> bool {
+        self.batches.push(rows);
+        if self.batches.len() - self.settled < limits::COALESCE_PIECES {
+            return false;
         }
+        let unsettled = self.batches.split_off(self.settled);
+        let before = unsettled.len();
+        let is_small = |piece: &RecordBatch| piece.get_array_memory_size() <= limits::COALESCE_PIECE_BYTES;
+        for group in unsettled.chunk_by(|a, b| is_small(a) && is_small(b)) {
+            match group {
+                [_, _, ..] => match arrow::compute::concat_batches(&schema.stored, group) {
+                    Ok(one) => self.batches.push(one),
+                    Err(_) => self.batches.extend_from_slice(group),
+                },
+                one => self.batches.extend_from_slice(one),
+            }
+        }
+        let joined = self.batches.len() - self.settled < before;
+        // What comes next may be joined with the last piece, with no other.
+        self.settled = self.batches.len() - usize::from(self.batches.last().is_some_and(is_small));
+        joined
     }
-    *pieces = joined;
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.batches.is_empty()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &RecordBatch> {
+        self.batches.iter()
+    }
+
+    pub(super) fn into_batches(self) -> Vec<RecordBatch> {
+        self.batches
+    }
+}
+
+impl From<Vec<RecordBatch>> for Pieces {
+    fn from(batches: Vec<RecordBatch>) -> Self {
+        Self { batches, settled: 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::array::{AsArray, Int64Array};
+    use arrow::datatypes::{DataType, Field, Int64Type, Schema};
+
+    fn schema() -> TopicSchema {
+        TopicSchema::check(Arc::new(Schema::new(vec![Field::new("timestamp_ns", DataType::Int64, false)])))
+            .expect("a schema")
+    }
+
+    fn numbers(schema: &TopicSchema, numbers: std::ops::Range<i64>) -> RecordBatch {
+        let column = Arc::new(Int64Array::from_iter_values(numbers));
+        RecordBatch::try_new(Arc::clone(&schema.stored), vec![column]).expect("a batch")
+    }
+
+    #[test]
+    fn single_rows_are_joined_and_keep_their_order() {
+        let schema = schema();
+        let mut pieces = Pieces::default();
+        for row in 0..10_000 {
+            pieces.push(&schema, numbers(&schema, row..row + 1));
+        }
+        let batches = pieces.into_batches();
+        assert!(batches.len() <= limits::COALESCE_PIECES + 2, "{} pieces", batches.len());
+        let rows = batches.iter().flat_map(|batch| batch.column(0).as_primitive::<Int64Type>().values().to_vec());
+        assert!(rows.eq(0..10_000));
+    }
+
+    #[test]
+    fn large_pieces_stay_as_they_are_and_are_looked_at_once() {
+        const ROWS: i64 = 2 * limits::COALESCE_PIECE_BYTES as i64 / 8;
+        let schema = schema();
+        let piece = numbers(&schema, 0..ROWS);
+        let mut pieces = Pieces::default();
+        for _ in 0..1000 {
+            assert!(!pieces.push(&schema, piece.clone()));
+            // A writer that lags behind gathers thousands: to look at all of them again would cost their square.
+            assert!(pieces.batches.len() - pieces.settled < limits::COALESCE_PIECES);
+        }
+        assert_eq!(pieces.batches.len(), 1000);
+        let as_it_came = |batch: &RecordBatch| batch.column(0).to_data().ptr_eq(&piece.column(0).to_data());
+        assert!(pieces.iter().all(as_it_came));
+    }
 }

@@ -447,7 +447,7 @@ impl<D: Disk> Writer<D> {
         let (writer, topic) = (Rc::clone(self), Rc::clone(topic));
         tokio::task::spawn_local(async move {
             let Open {
-                mut safe,
+                safe,
                 fresh,
                 marks,
                 safe_marks,
@@ -461,9 +461,9 @@ impl<D: Disk> Writer<D> {
                 ..
             } = open;
             let newly = (rows_of(&marks, safe_marks), (marks.len() - safe_marks) as u64, data_bytes - safe_bytes);
-            safe.extend(fresh);
-            let chunk =
-                ChunkRows { batches: safe, marks, first_batch, first_row, data_bytes, time, time_sorted: sorted };
+            let mut batches = safe.into_batches();
+            batches.extend(fresh.into_batches());
+            let chunk = ChunkRows { batches, marks, first_batch, first_row, data_bytes, time, time_sorted: sorted };
             // Rows that make the encoder panic end their own stream, nothing else.
             let written = AssertUnwindSafe(writer.write_and_commit(&topic, &chunk, end, turn)).catch_unwind().await;
             let result = written.unwrap_or_else(|_| {
