@@ -161,6 +161,7 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
         control: control.handle().clone(),
         stopping: stopping.clone(),
     });
+    touch_memory(&shared)?;
     let keeper = control.spawn(housekeeping::run(Arc::clone(&shared)));
     let served = front.block_on(serve(Arc::clone(&shared), stop, stopping, &recovered, started));
     if matches!(served, Ok(Ended::ToStartAgain)) {
@@ -379,4 +380,22 @@ fn log_summary(stats: &Stats) {
         "recorded; p50/p99 of the stations: {}",
         times.join(", ")
     );
+}
+
+/// Takes memory for uploads once and gives it back to the allocator, which keeps it: to meet a page for the first
+/// time costs more than to copy it three times, and stalls of that length in the middle of a recording (PERF.md).
+/// Runs beside everything else, within the budget.
+fn touch_memory(shared: &Arc<Shared>) -> io::Result<()> {
+    let (budget, bytes) = (shared.budget.clone(), shared.config.touch_memory_bytes);
+    let touch = move || {
+        let mut blocks = Vec::new();
+        for _ in 0..bytes / limits::TOUCH_BLOCK_BYTES as u64 {
+            // Uploads that came meanwhile touch what they need by themselves.
+            let Some(permit) = budget.receive.try_claim(limits::TOUCH_BLOCK_BYTES as u64) else { break };
+            // A page of zeros would not be taken before somebody writes to it.
+            blocks.push((vec![1_u8; limits::TOUCH_BLOCK_BYTES], permit));
+        }
+    };
+    std::thread::Builder::new().name("fb-touch".to_owned()).spawn(touch)?;
+    Ok(())
 }

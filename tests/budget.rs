@@ -34,7 +34,8 @@ async fn upload(mut client: Client, key: String, name: String, batches: i64, row
 #[test]
 fn inv_7_eight_gibibytes_in_45_mib_messages_pass_a_256_mib_budget() {
     run(async {
-        let server = Server::start(&["memory_budget=256MiB", "streams_max=64", "read_cache=16MiB"]);
+        let server =
+            Server::start(&["memory_budget=256MiB", "touch_memory=128MiB", "streams_max=64", "read_cache=16MiB"]);
         let mut client = server.client().await;
         let key = create_sequence(&mut client, "big").await;
         let uploads: Vec<_> = (0..8)

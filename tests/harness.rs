@@ -41,6 +41,8 @@ impl Server {
     pub(crate) fn start_on(data: &Path, settings: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_flightbox"));
         command.args(["serve", "--listen", "127.0.0.1:0", "--set", "log_format=json", "--data"]).arg(data);
+        // Dozens run beside each other.
+        command.args(["--set", "touch_memory=0"]);
         for setting in settings {
             command.args(["--set", setting]);
         }

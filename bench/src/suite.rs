@@ -383,7 +383,7 @@ impl Suite {
     /// The same bytes in the same batches over few and over many topics.
     fn topics(&mut self, pass: usize) -> Result<(), AnyError> {
         for topics in [10, 1000] {
-            let load = Closed { profile: Profile::Imu(1000), streams: topics, bytes: self.bytes / 2 };
+            let load = Closed { profile: Profile::Imu(1000), streams: topics, bytes: self.bytes * 2 };
             self.flightbox(pass, "topics", &topics.to_string(), &[], load)?;
         }
         Ok(())

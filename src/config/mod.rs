@@ -52,6 +52,8 @@ pub(crate) struct Config {
     /// Threads that serve sockets.
     pub(crate) front_threads: usize,
     pub(crate) memory_budget_bytes: u64,
+    /// Memory that is touched at start, before uploads need it.
+    pub(crate) touch_memory_bytes: u64,
     pub(crate) read_cache_bytes: u64,
     pub(crate) message_bytes_max: u64,
     pub(crate) batch_memory_max: u64,
@@ -94,6 +96,10 @@ impl Config {
             if least <= value { Ok(value) } else { Err(refuse(raw.get(key), &format!("must be at least {what}"))) }
         };
         at_least("memory_budget", memory_budget_bytes, 32 << 20, "32MiB")?;
+        let touch_memory_bytes = match raw.get("touch_memory").text.as_str() {
+            "auto" => memory_budget_bytes / 2,
+            _ => size(raw.get("touch_memory"))?.min(memory_budget_bytes),
+        };
         let writers = match raw.get("writers").text.as_str() {
             "auto" => (host.cores / 2).max(1),
             _ => usize::try_from(at_least("writers", number(raw.get("writers"))?, 1, "1")?).unwrap_or(usize::MAX),
@@ -142,6 +148,7 @@ impl Config {
             writers,
             front_threads,
             memory_budget_bytes,
+            touch_memory_bytes,
             read_cache_bytes: size(raw.get("read_cache"))?,
             message_bytes_max: at_least("message_bytes_max", size(raw.get("message_bytes_max"))?, 1 << 20, "1MiB")?,
             batch_memory_max: at_least("batch_memory_max", size(raw.get("batch_memory_max"))?, 1 << 20, "1MiB")?,
@@ -262,7 +269,8 @@ mod tests {
         assert_eq!(config.memory_budget_bytes, 2 << 30);
         assert_eq!(config.writers, 4);
         assert_eq!(config.front_threads, 4);
-        assert_eq!(config.stream_window_bytes, 2 << 20);
+        assert_eq!(config.touch_memory_bytes, 1 << 30);
+        assert_eq!(config.stream_window_bytes, 512 << 10);
     }
 
     #[track_caller]

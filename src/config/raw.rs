@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Every key with its default, in the order of the shipped file.
-pub(crate) const KEYS: [(&str, &str); 28] = [
+pub(crate) const KEYS: [(&str, &str); 29] = [
     ("data_dir", "flightbox-data"),
     ("listen", "127.0.0.1:6726"),
     ("unix_socket", ""),
@@ -13,6 +13,7 @@ pub(crate) const KEYS: [(&str, &str); 28] = [
     ("writers", "auto"),
     ("front_threads", "auto"),
     ("memory_budget", "auto"),
+    ("touch_memory", "auto"),
     ("read_cache", "128MiB"),
     ("message_bytes_max", "50MiB"),
     ("batch_memory_max", "256MiB"),

@@ -152,9 +152,11 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
 }
 
 /// How often lane and open chunks are looked at, at most, while batches wait there to become durable: small ones do
-/// not wake the thread. At least once in a commit interval.
-const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(5);
-/// A commit interval shorter than this is kept as if it were this.
+/// not wake the thread.
+const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(10);
+/// Looks in a commit interval at least: what is due before the next one is due now, so fewer would close chunks early.
+const LOOKS_PER_INTERVAL: u32 = 5;
+/// The looks of a short commit interval are this far apart.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
 /// The same while all batches are safe and only their age is waited for; memory may become short meanwhile.
 const SAFE_LOOK_INTERVAL: Duration = Duration::from_millis(100);
@@ -272,7 +274,7 @@ impl<D: Disk> Writer<D> {
 
     /// How soon what waits to become durable is looked at again.
     fn look_interval(&self) -> Duration {
-        LOOK_INTERVAL_MAX.min(self.context.rule.commit_interval).max(LOOK_INTERVAL_MIN)
+        LOOK_INTERVAL_MAX.min(self.context.rule.commit_interval / LOOKS_PER_INTERVAL).max(LOOK_INTERVAL_MIN)
     }
 
     /// The largest open chunks, to be closed because memory is short: as many as make, with what is

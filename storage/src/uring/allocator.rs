@@ -3,14 +3,14 @@
 use libmimalloc_sys::{mi_option_set, mi_option_t};
 use std::ffi::c_long;
 
-/// `mi_option_purge_delay` (mimalloc 3, include/mimalloc.h), in milliseconds; arenas wait ten times as long.
+/// `mi_option_purge_delay` (mimalloc 3, include/mimalloc.h).
 const PURGE_DELAY: mi_option_t = 15;
-/// See [`keep_memory`].
-const PURGE_DELAY_MS: c_long = 60_000;
+/// Memory that is free is not given back.
+const NEVER: c_long = -1;
 
-/// Memory goes back to the system when it was not used for ten minutes. By default it does after ten seconds, in the
-/// middle of a recording, and touching it again costs stalls (PERF.md).
+/// Memory that was taken stays with the program. By default it goes back to the system ten seconds after it was
+/// used, in the middle of a recording, and taking it again costs stalls (PERF.md).
 pub fn keep_memory() {
     // SAFETY: the call stores a number in a table of mimalloc's own, and the option is one of that table.
-    unsafe { mi_option_set(PURGE_DELAY, PURGE_DELAY_MS) }
+    unsafe { mi_option_set(PURGE_DELAY, NEVER) }
 }
