@@ -55,11 +55,26 @@ impl Check {
 pub(crate) fn facts(data_dir: &Path) -> HostFacts {
     let pages = rustix::system::sysinfo();
     HostFacts {
-        memory_bytes: pages.totalram as u64 * u64::from(pages.mem_unit),
+        memory_bytes: (pages.totalram as u64 * u64::from(pages.mem_unit)).min(cgroup_limit().unwrap_or(u64::MAX)),
         cores: std::thread::available_parallelism().map_or(1, usize::from),
         free_bytes: free_bytes(data_dir).unwrap_or(0),
         disk_bytes: rustix::fs::statvfs(existing(data_dir)).map_or(0, |stat| stat.f_blocks * stat.f_frsize),
     }
+}
+
+/// The least `memory.max` of the program's control group and those above it (systemd's `MemoryMax=`, a container's
+/// limit), in bytes.
+fn cgroup_limit() -> Option<u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    // Version 2 has one line, `0::/path`.
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let limit = |group: &Path| std::fs::read_to_string(group.join("memory.max")).ok()?.trim().parse::<u64>().ok();
+    Path::new("/sys/fs/cgroup")
+        .join(group)
+        .ancestors()
+        .take_while(|at| at.starts_with("/sys/fs/cgroup"))
+        .filter_map(limit)
+        .min()
 }
 
 fn free_bytes(path: &Path) -> Option<u64> {

@@ -61,6 +61,9 @@ impl From<FlightData> for Incoming {
 }
 
 const BODY_FIELD: u64 = 1000;
+/// Fields up to this many bytes grow by doubling; beyond it, room for the rest of the message is taken at once,
+/// which is what was admitted.
+const FIELDS_DOUBLE_MAX: usize = 64 << 10;
 
 /// A message on its way.
 #[derive(Debug)]
@@ -109,6 +112,10 @@ impl Assembler {
     pub(crate) fn add(&mut self, bytes: &[u8]) -> Result<(), Status> {
         self.left -= bytes.len();
         let bytes = self.fill_body(bytes);
+        let free = self.fields.capacity() - self.fields.len();
+        if free < bytes.len() && FIELDS_DOUBLE_MAX < self.fields.len() {
+            self.fields.reserve_exact(bytes.len() + self.left);
+        }
         self.fields.extend_from_slice(bytes);
         while let Some(rest) = self.fields.get(self.whole..).filter(|rest| !rest.is_empty()) {
             match next_field(rest)? {

@@ -191,8 +191,13 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], batch_memory_max: u64
             return Err(invalid(format!("a column claims {} values and {} nulls", node.length(), node.null_count())));
         }
     }
-    if batch.variadicBufferCounts().into_iter().flatten().any(|count| !(0..=i64::from(i32::MAX)).contains(&count)) {
-        return Err(invalid("a view column claims an impossible number of buffers"));
+    // Together no more than there are: they are walked.
+    let mut buffers_left = batch.buffers().map_or(0, |buffers| buffers.len() as u64);
+    for count in batch.variadicBufferCounts().into_iter().flatten() {
+        let left = u64::try_from(count).ok().and_then(|count| buffers_left.checked_sub(count));
+        buffers_left = left.ok_or_else(|| {
+            invalid(format!("the view columns claim {count} buffers where {buffers_left} of the batch are left"))
+        })?;
     }
     let compressed = batch.compression().is_some();
     let (mut total, mut stored) = (0_u64, 0_u64);
@@ -295,7 +300,7 @@ fn badly_aligned_in(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::{Decimal128Array, Int64Array};
+    use arrow::array::{Decimal128Array, Int64Array, StringViewBuilder};
     use arrow::datatypes::Field;
     use arrow::ipc::MetadataVersion;
     use arrow::ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, IpcWriteOptions};
@@ -356,5 +361,18 @@ mod tests {
         }
         let refused = decode(rows.schema(), header, body).await.err().expect("refused");
         assert!(refused.message().contains("overlap: they claim 512 bytes of a body of 256"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn inv_9_more_view_buffers_than_there_are_are_refused_before_they_are_walked() {
+        let mut builder = StringViewBuilder::new().with_fixed_block_size(32);
+        (0..14).for_each(|_| builder.append_value("sixteen letters!"));
+        let rows = batch(vec![("a", Arc::new(builder.finish()))]);
+        let (mut header, body) = message(&rows);
+        let honest = 7_i64.to_le_bytes();
+        let at = header.windows(8).position(|window| window == honest).expect("the count");
+        header[at..at + 8].copy_from_slice(&i64::from(i32::MAX).to_le_bytes());
+        let refused = decode(rows.schema(), header, body).await.err().expect("refused");
+        assert!(refused.message().contains("view columns claim 2147483647 buffers"), "{refused}");
     }
 }

@@ -101,23 +101,29 @@ pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Ve
 pub(crate) struct TailRate {
     /// Bytes that may go now.
     bytes: u64,
+    /// See [`TailRate::BURST`].
+    burst: u64,
+    /// See [`TailRate::PER_SECOND`].
+    per_second: u64,
 }
 
 impl TailRate {
-    /// Bytes a second: under what RocksDB's flushes are held to.
+    /// Bytes a second of all writers: under what RocksDB's flushes and merges are held to.
     const PER_SECOND: u64 = 25 << 20;
     /// Bytes at once: what hundreds of slow topics bring together.
     const BURST: u64 = 4 << 20;
 
-    /// Nothing was put there yet.
-    pub(crate) fn new() -> Self {
-        Self { bytes: Self::BURST }
+    /// One writer's part, of which nothing was used yet.
+    pub(crate) fn shared_by(writers: usize) -> Self {
+        let writers = writers.max(1) as u64;
+        let (burst, per_second) = (Self::BURST / writers, Self::PER_SECOND / writers);
+        Self { bytes: burst, burst, per_second }
     }
 
     /// Notes that time has passed.
     pub(crate) fn refill(&mut self, passed: Duration) {
-        let more = passed.as_micros().saturating_mul(u128::from(Self::PER_SECOND)) / 1_000_000;
-        self.bytes = Self::BURST.min(self.bytes.saturating_add(u64::try_from(more).unwrap_or(u64::MAX)));
+        let more = passed.as_micros().saturating_mul(u128::from(self.per_second)) / 1_000_000;
+        self.bytes = self.burst.min(self.bytes.saturating_add(u64::try_from(more).unwrap_or(u64::MAX)));
     }
 
     /// Whether so many bytes may go.
@@ -176,7 +182,7 @@ mod tests {
 
     #[test]
     fn the_tail_takes_a_burst_and_then_its_rate_however_often_it_is_asked() {
-        let mut rate = TailRate::new();
+        let mut rate = TailRate::shared_by(1);
         let mut taken = 0;
         // A second of looks, one every tenth of a millisecond, each with a topic of 100 KiB.
         for _ in 0..10_000 {
@@ -191,7 +197,7 @@ mod tests {
 
     #[test]
     fn one_topic_of_five_megabytes_a_second_keeps_its_floor() {
-        let mut rate = TailRate::new();
+        let mut rate = TailRate::shared_by(1);
         for _ in 0..1000 {
             rate.refill(ms(50));
             assert!(rate.has(250_000));

@@ -185,7 +185,10 @@ impl<D: Disk> Topic<D> {
     pub(super) async fn made(&self) {
         let making = self.making.take();
         if let Some(making) = making {
+            // Not quiet meanwhile: a deletion must wait for it as well.
+            self.in_flight.set(self.in_flight.get() + 1);
             making.await.ok(); // One that panicked makes nothing any more.
+            self.in_flight.set(self.in_flight.get() - 1);
         }
     }
 

@@ -66,6 +66,8 @@ pub(crate) struct Context {
     pub(crate) prealloc: Arc<PreallocBudget>,
     pub(crate) budget: Budget,
     pub(crate) budget_bytes: u64,
+    /// Writers in all.
+    pub(crate) writers: usize,
     pub(crate) committer: CommitHandle,
     pub(crate) steward: StewardHandle,
     pub(crate) counters: Arc<IoCounters>,
@@ -104,6 +106,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         counters: Arc::clone(&context.counters),
         encode_slice: limits::ENCODE_SLICE,
     };
+    let tail_rate = TailRate::shared_by(context.writers);
     let writer = Rc::new(Writer {
         context,
         disk,
@@ -113,7 +116,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         abandoned: RefCell::default(),
         flushes: Cell::new(0),
         flushing_bytes: Cell::new(0),
-        tail_rate: Cell::new(TailRate::new()),
+        tail_rate: Cell::new(tail_rate),
         tail_refilled: Cell::new(Instant::now()),
         progress: tokio::sync::Notify::new(),
     });
@@ -328,9 +331,10 @@ impl<D: Disk> Writer<D> {
             (open.marks.is_empty(), floor_bytes(topic.record.format) <= open.data_bytes)
         };
         // Small batches are safe before the chunk that ends their topic is, as far as the tail takes them: hundreds of
-        // topics may end at once.
+        // topics may end at once. One that stays unlocked gets no chunk for them.
         let (mut tail, bytes) = (self.tail_rate.get(), topic.unsafe_bytes());
-        if !failed && !enough && !topic.open.borrow().fresh.is_empty() && tail.has(bytes) {
+        let goes = matches!(end, End::Leave) || tail.has(bytes);
+        if !failed && !enough && !topic.open.borrow().fresh.is_empty() && goes {
             tail.take(bytes);
             self.tail_rate.set(tail);
             self.tail(topic);

@@ -175,6 +175,7 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
         prealloc: Arc::new(PreallocBudget::new(1 << 20)),
         budget: budget.clone(),
         budget_bytes: 8 << 20,
+        writers: 1,
         committer: committer.clone(),
         steward: steward.clone(),
         counters,

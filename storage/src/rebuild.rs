@@ -192,7 +192,8 @@ async fn topic<D: Disk>(
     // A footer that says so was written after the lock was durable, whichever segment's it is: a crash may have met
     // the sealing of the others, and what lies behind a gap is moved away next.
     let mut completed = None;
-    for path in heads.values().map(|(path, _, _)| path).chain(&silent) {
+    let ours = silent.iter().filter(|path| segment_no(path).is_some());
+    for path in heads.values().map(|(path, _, _)| path).chain(ours) {
         completed = completed.or(found::completed_at(disk, path).await);
     }
     let mut topic = match locked {

@@ -96,8 +96,10 @@ impl<F: Clone> SegmentFile<F> {
     async fn allocate<D: Disk<File = F>>(&mut self, disk: &D, step: u64) {
         // A refusal (a file system without it, a full disk) is no failure: the write itself will tell.
         if disk.allocate(&self.file, self.allocated, step).await.is_ok() {
+            // What lies behind the last chunk only: one that found no room was written beyond what was reserved.
+            let unused = |allocated: u64| allocated.saturating_sub(self.write_at);
+            self.prealloc.take(unused(self.allocated + step) - unused(self.allocated));
             self.allocated += step;
-            self.prealloc.take(step);
         }
     }
 
