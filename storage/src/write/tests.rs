@@ -15,6 +15,7 @@ use std::path::Path;
 /// What was asked of a [`Counting`] disk, in order.
 #[derive(Debug, PartialEq)]
 enum Asked {
+    Create,
     Write(usize),
     Breathe,
 }
@@ -34,6 +35,7 @@ impl Disk for Counting {
         false
     }
     async fn create(&self, _path: &Path) -> io::Result<()> {
+        self.0.borrow_mut().push(Asked::Create);
         Ok(())
     }
     async fn open(&self, _path: &Path) -> io::Result<()> {
@@ -129,53 +131,115 @@ fn blob_topic(schema: &Schema) -> TopicFacts {
     }
 }
 
-/// Nothing a writer hands over waits behind more than one ring buffer's worth of encoding: its
-/// thread parks, which submits, at least once per mebibyte, even inside a single huge value.
-#[test]
-fn inv_10_a_writer_parks_at_least_once_per_mebibyte_even_within_one_value_of_40_mib() {
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-    let disk = Counting::default();
-    let asked = Rc::clone(&disk.0);
-    let work = async move {
+/// A topic of one blob column on a counting disk.
+struct Upload {
+    disk: Counting,
+    shared: Shared,
+    schema: TopicSchema,
+    encoder: TopicEncoder,
+    topic: TopicNo,
+    place: SegmentWriter<Counting>,
+    written: u64,
+}
+
+impl Upload {
+    fn new(disk: Counting, segment_bytes: u64, prealloc_bytes: u64) -> Self {
         let wire = Arc::new(Schema::new(vec![
             Field::new("timestamp_ns", DataType::Int64, false),
             Field::new("data", DataType::Binary, false),
         ]));
-        let schema = TopicSchema::check(Arc::clone(&wire)).expect("a schema");
-        let blob = vec![7_u8; 40 << 20];
-        let columns: Vec<ArrayRef> =
-            vec![Arc::new(Int64Array::from(vec![1])), Arc::new(BinaryArray::from_vec(vec![&blob]))];
-        let chunk = ChunkRows {
-            batches: vec![RecordBatch::try_new(wire, columns).expect("a batch")],
-            marks: vec![BatchMark { rows: 1, hash: 0 }],
-            first_batch: 0,
-            first_row: 0,
-            data_bytes: 40 << 20,
-            time: Some((1, 1)),
-            time_sorted: true,
-        };
+        let schema = TopicSchema::check(wire).expect("a schema");
         let shared = Shared {
             data_dir: PathBuf::from("/nowhere"),
-            segment_bytes: 256 << 20,
+            segment_bytes,
             index: true,
-            prealloc: Arc::new(PreallocBudget::new(0)),
+            prealloc: Arc::new(PreallocBudget::new(prealloc_bytes)),
             counters: IoCounters::shared(),
-            // Never by time: only the count is under test.
+            // Never by time: only counts are under test.
             encode_slice: Duration::from_secs(3600),
         };
         let facts = Arc::new(blob_topic(&schema.wire));
-        let topic = facts.topic.clone();
+        let topic = facts.topic.no;
         let encoder = TopicEncoder::new(&schema.stored, Compression::None).expect("an encoder");
-        let mut place = SegmentWriter::new(&shared, facts, 0);
-        let pending = place.write(&disk, &shared, &schema, &encoder, topic.no, &chunk).await.expect("written");
-        pending.durable(&disk).await.expect("durable");
-    };
+        let place = SegmentWriter::new(&shared, facts, 0);
+        Self { disk, shared, schema, encoder, topic, place, written: 0 }
+    }
+
+    /// Writes a chunk of one blob; returns the number of its segment.
+    async fn write(&mut self, bytes: usize) -> u32 {
+        let columns: Vec<ArrayRef> =
+            vec![Arc::new(Int64Array::from(vec![1])), Arc::new(BinaryArray::from_vec(vec![&vec![7_u8; bytes]]))];
+        let chunk = ChunkRows {
+            batches: vec![RecordBatch::try_new(Arc::clone(&self.schema.stored), columns).expect("a batch")],
+            marks: vec![BatchMark { rows: 1, hash: 0 }],
+            first_batch: self.written,
+            first_row: self.written,
+            data_bytes: bytes as u64,
+            time: Some((1, 1)),
+            time_sorted: true,
+        };
+        self.written += 1;
+        let Self { disk, shared, schema, encoder, topic, place, .. } = self;
+        let pending = place.write(disk, shared, schema, encoder, *topic, &chunk).await.expect("written");
+        pending.durable(disk).await.expect("durable").segment.no
+    }
+}
+
+fn run(work: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     tokio::task::LocalSet::new().block_on(&runtime, work);
+}
+
+#[test]
+fn a_segment_is_made_while_the_one_before_has_room_and_the_chunk_that_needs_it_finds_it() {
+    run(async {
+        let mut upload = Upload::new(Counting::default(), 4 << 20, 64 << 20);
+        let asked = Rc::clone(&upload.disk.0);
+        let made = || asked.borrow().iter().filter(|asked| **asked == Asked::Create).count();
+        upload.write(1 << 20).await;
+        assert!(upload.place.make_ahead(&upload.disk, &upload.shared).is_none(), "it is not half full");
+        upload.write(2 << 20).await;
+        let making = upload.place.make_ahead(&upload.disk, &upload.shared).expect("it is half full");
+        assert!(upload.place.make_ahead(&upload.disk, &upload.shared).is_none(), "one is enough");
+        making.await;
+        assert_eq!((made(), upload.place.made_below()), (2, 1), "nothing is in the second one yet");
+        assert_eq!(upload.write(2 << 20).await, 1);
+        assert_eq!((made(), upload.place.made_below()), (2, 2));
+    });
+}
+
+#[test]
+fn what_was_reserved_is_free_again_once_its_segments_are_left_also_if_it_was_short_meanwhile() {
+    run(async {
+        let mut upload = Upload::new(Counting::default(), 64 << 20, 8 << 20);
+        let prealloc = Arc::clone(&upload.shared.prealloc);
+        upload.write(1 << 20).await;
+        // Other topics have it all: the chunk is written beyond what was reserved.
+        prealloc.take(8 << 20);
+        upload.write(2 << 20).await;
+        prealloc.give_back(8 << 20);
+        upload.write(1 << 20).await;
+        assert!(prealloc.left() < 8 << 20, "nothing was reserved");
+        drop(upload);
+        assert_eq!(prealloc.left(), 8 << 20);
+    });
+}
+
+/// Nothing a writer hands over waits behind more than one ring buffer's worth of encoding: its
+/// thread parks, which submits, at least once per mebibyte, even inside a single huge value.
+#[test]
+fn inv_10_a_writer_parks_at_least_once_per_mebibyte_even_within_one_value_of_40_mib() {
+    let mut upload = Upload::new(Counting::default(), 256 << 20, 0);
+    let asked = Rc::clone(&upload.disk.0);
+    run(async move {
+        upload.write(40 << 20).await;
+    });
     let (mut since, mut most) = (0, 0);
     for asked in asked.borrow().iter() {
         match asked {
             Asked::Write(bytes) => since += bytes,
             Asked::Breathe => since = 0,
+            Asked::Create => {}
         }
         most = most.max(since);
     }
