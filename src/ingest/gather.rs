@@ -16,6 +16,33 @@ pub(crate) struct ChunkRule {
     pub(crate) tail_max_age: Duration,
 }
 
+impl ChunkRule {
+    /// How much earlier than its time a chunk closes at most, however slow the disk is: chunks must not shrink because
+    /// it lags behind.
+    fn lead_max(&self) -> Duration {
+        self.commit_interval / 4
+    }
+}
+
+/// How long flushes take, smoothed over the last handful.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct FlushTime(Duration);
+
+impl FlushTime {
+    /// The part of a new flush in what is known.
+    const WEIGHT: u32 = 8;
+
+    /// Notes one.
+    pub(crate) fn note(&mut self, took: Duration) {
+        self.0 = self.0 - self.0 / Self::WEIGHT + took / Self::WEIGHT;
+    }
+
+    /// What the next one will take.
+    pub(crate) fn expected(self) -> Duration {
+        self.0
+    }
+}
+
 /// What is known of a topic's open chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct OpenChunk {
@@ -25,6 +52,8 @@ pub(crate) struct OpenChunk {
     pub(crate) oldest: Duration,
     /// Age of its oldest batch that is neither in a chunk nor in the tail; `None` if all are safe.
     pub(crate) oldest_unsafe: Option<Duration>,
+    /// How long it will take from closing to durable, as far as the writer knows.
+    pub(crate) flush_takes: Duration,
     /// Whether this is the largest open chunk while memory is short.
     pub(crate) gives_way: bool,
     /// Whether the tail has room for what is unsafe.
@@ -81,11 +110,14 @@ pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Ve
     if rule.tail_max_age <= chunk.oldest {
         return Verdict::Close(Why::Age);
     }
+    let worth_it = floor_bytes(format) <= chunk.data_bytes;
     match chunk.oldest_unsafe {
+        // So early that it is durable when its time is up. The tail takes no such time, and more commits cost.
+        Some(age) if worth_it && rule.commit_interval <= age + chunk.flush_takes.min(rule.lead_max()) => {
+            Verdict::Close(Why::Time)
+        }
         Some(age) if rule.commit_interval <= age => {
-            if floor_bytes(format) <= chunk.data_bytes {
-                Verdict::Close(Why::Time)
-            } else if !chunk.tail_takes_it && CROWD_FLOOR_BYTES <= chunk.data_bytes {
+            if !chunk.tail_takes_it && CROWD_FLOOR_BYTES <= chunk.data_bytes {
                 Verdict::Close(Why::Crowd)
             } else {
                 Verdict::Tail
@@ -161,7 +193,8 @@ mod tests {
         expected: Verdict,
     ) {
         let (oldest, oldest_unsafe) = (ms(oldest), oldest_unsafe.map(ms));
-        let chunk = OpenChunk { data_bytes, oldest, oldest_unsafe, gives_way, tail_takes_it: true };
+        let flush_takes = Duration::ZERO;
+        let chunk = OpenChunk { data_bytes, oldest, oldest_unsafe, flush_takes, gives_way, tail_takes_it: true };
         assert_eq!(verdict(&RULE, format, &chunk), expected);
     }
 
@@ -171,6 +204,7 @@ mod tests {
             data_bytes,
             oldest: ms(50),
             oldest_unsafe: Some(ms(50)),
+            flush_takes: ms(5),
             gives_way: false,
             tail_takes_it: false,
         };
@@ -214,6 +248,45 @@ mod tests {
     fn a_chunk_above_the_floor_closes_after_the_commit_interval() {
         check(Format::Default, 1 << 20, 50, Some(50), false, Verdict::Close(Why::Time));
         check(Format::Default, 1 << 20, 49, Some(49), false, Verdict::Wait);
+    }
+
+    #[test]
+    fn a_chunk_closes_as_much_earlier_as_a_flush_takes_up_to_a_quarter_of_the_interval_and_the_tail_does_not() {
+        let after = |data_bytes, unsafe_ms, flush_ms| {
+            verdict(
+                &RULE,
+                Format::Default,
+                &OpenChunk {
+                    data_bytes,
+                    oldest: ms(unsafe_ms),
+                    oldest_unsafe: Some(ms(unsafe_ms)),
+                    flush_takes: ms(flush_ms),
+                    gives_way: false,
+                    tail_takes_it: true,
+                },
+            )
+        };
+        assert_eq!(after(1 << 20, 42, 8), Verdict::Close(Why::Time));
+        assert_eq!(after(1 << 20, 41, 8), Verdict::Wait);
+        assert_eq!(after(1 << 20, 38, 1000), Verdict::Close(Why::Time));
+        assert_eq!(after(1 << 20, 37, 1000), Verdict::Wait);
+        assert_eq!(after((1 << 20) - 1, 49, 1000), Verdict::Wait);
+        assert_eq!(after((1 << 20) - 1, 50, 1000), Verdict::Tail);
+    }
+
+    #[test]
+    fn the_expected_flush_time_follows_the_last_ones_and_forgets_a_single_slow_one() {
+        let mut time = FlushTime::default();
+        for _ in 0..40 {
+            time.note(ms(16));
+        }
+        assert!((ms(15)..=ms(16)).contains(&time.expected()), "{:?}", time.expected());
+        time.note(ms(160));
+        assert!(time.expected() < ms(36), "{:?}", time.expected());
+        for _ in 0..24 {
+            time.note(ms(16));
+        }
+        assert!(time.expected() < ms(18), "{:?}", time.expected());
     }
 
     #[test]

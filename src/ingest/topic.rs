@@ -233,13 +233,14 @@ impl<D: Disk> Topic<D> {
     }
 
     /// The open chunk as it will be at a time.
-    pub(super) fn look(&self, at: Instant, gives_way: bool, tail: &TailRate) -> OpenChunk {
+    pub(super) fn look(&self, at: Instant, flush_takes: Duration, gives_way: bool, tail: &TailRate) -> OpenChunk {
         let open = self.open.borrow();
         let age = |since: Instant| at.saturating_duration_since(since);
         OpenChunk {
             data_bytes: open.data_bytes,
             oldest: open.oldest.map_or(Duration::ZERO, age),
             oldest_unsafe: open.oldest_fresh.map(age),
+            flush_takes,
             gives_way,
             tail_takes_it: tail.has(open.data_bytes - open.safe_bytes),
         }

@@ -9,7 +9,7 @@
 use crate::health::{Health, Space};
 use crate::ingest::admit::Budget;
 use crate::ingest::committer::{ChunkCommit, CommitHandle, End, Watermark};
-use crate::ingest::gather::{ChunkRule, TailRate, Verdict, Why, floor_bytes, verdict};
+use crate::ingest::gather::{ChunkRule, FlushTime, TailRate, Verdict, Why, floor_bytes, verdict};
 use crate::ingest::lane::{Receiver, Sender};
 use crate::ingest::steward::StewardHandle;
 use crate::ingest::topic::{Batch, Open, Start, Topic, Turn, rows_of};
@@ -89,6 +89,7 @@ struct Writer<D: Disk> {
     flushes: Cell<usize>,
     /// Data bytes of the chunks between close and commit.
     flushing_bytes: Cell<u64>,
+    flush_time: Cell<FlushTime>,
     /// What may go to the tail now.
     tail_rate: Cell<TailRate>,
     tail_refilled: Cell<Instant>,
@@ -116,6 +117,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         abandoned: RefCell::default(),
         flushes: Cell::new(0),
         flushing_bytes: Cell::new(0),
+        flush_time: Cell::default(),
         tail_rate: Cell::new(tail_rate),
         tail_refilled: Cell::new(Instant::now()),
         progress: tokio::sync::Notify::new(),
@@ -254,7 +256,8 @@ impl<D: Disk> Writer<D> {
             if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() {
                 continue;
             }
-            let seen = topic.look(next_look, giving_way.contains(&topic.record.no), &tail);
+            let flush_takes = self.flush_time.get().expected();
+            let seen = topic.look(next_look, flush_takes, giving_way.contains(&topic.record.no), &tail);
             wait = wait.min(if seen.oldest_unsafe.is_some() { self.look_interval() } else { SAFE_LOOK_INTERVAL });
             match verdict(&self.context.rule, topic.record.format, &seen) {
                 Verdict::Close(why) => {
@@ -449,6 +452,7 @@ impl<D: Disk> Writer<D> {
         self.flushes.set(self.flushes.get() + 1);
         let flushing = open.data_bytes;
         self.flushing_bytes.set(self.flushing_bytes.get() + flushing);
+        let closed = Instant::now();
         let turn = Turn::take(topic);
         let (writer, topic) = (Rc::clone(self), Rc::clone(topic));
         tokio::task::spawn_local(async move {
@@ -482,6 +486,9 @@ impl<D: Disk> Writer<D> {
             writer.flushing_bytes.set(writer.flushing_bytes.get() - flushing);
             match &result {
                 Ok(()) => {
+                    let mut time = writer.flush_time.get();
+                    time.note(closed.elapsed());
+                    writer.flush_time.set(time);
                     writer.count(newly.0, newly.1, newly.2);
                     writer.acknowledged(&arrivals);
                 }
