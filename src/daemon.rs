@@ -18,7 +18,8 @@ use crate::lifecycle::{Lifecycle, LifecycleError};
 use crate::ontology::{Registry, RegistryError};
 use crate::rings::{DiskBody, on_disk};
 use crate::stats::{Station, Stats};
-use crate::{folder, host, housekeeping, limits, recovery, systemd};
+use crate::{folder, host, housekeeping, limits, recovery, systemd, volumes};
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,6 +30,7 @@ use storage::disk::{Disk, DiskState, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
 use storage::read::{self, Loader};
 use storage::recover::Receipt;
+use storage::volumes::Volumes;
 use storage::{StorageError, uring};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -85,20 +87,20 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
     let started = Instant::now();
     host::raise_descriptor_limit();
     let (_lock, format) = folder::prepare(&config.data_dir)?;
-    let disk = uring::probe(&config.data_dir, config.engine == EngineChoice::Auto);
+    let (volumes, disk, _volume_locks) = open_volumes(&config)?;
     for note in &disk.notes {
         tracing::warn!("{note}");
     }
     systemd::status("recovering");
-    let Opened { catalog, was, rebuilt } = folder::open_catalog(&config.data_dir, &disk)?;
+    let Opened { catalog, was, rebuilt } = folder::open_catalog(&volumes, &disk)?;
     if let Some(was) = &was {
         tracing::error!(%was, "the catalog was damaged");
     }
     let stats = Arc::new(Stats::default());
-    let health = Arc::new(Health::default());
+    let health = Arc::new(Health::of(volumes.all().len()));
     let counters = IoCounters::shared();
     let (committer, committer_thread) = committer::start(catalog.clone(), Arc::clone(&stats), Arc::clone(&health))?;
-    let (steward, steward_thread) = start_steward(&config, &disk, &catalog, &committer, &counters, &health)?;
+    let (steward, steward_thread) = start_steward(&volumes, &disk, &catalog, &committer, &counters, &health)?;
     let (loader, reader_thread) = start_reader(&config, &disk, &counters)?;
 
     let front = tokio::runtime::Builder::new_multi_thread()
@@ -108,7 +110,7 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
         .build()?;
     let control =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("fb-control").enable_all().build()?;
-    housekeeping::look_at_space(&config, &health, false);
+    housekeeping::look_at_space(&config, &volumes, &health, false);
     front.block_on(recovery::migrate_before(format, &catalog, &committer))?;
     *made_anew = rebuilt.is_some();
     let told = Receipt { catalog_was: was, rebuilt, ..Receipt::default() };
@@ -118,7 +120,7 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
 
     let budget = Budget::new(config.memory_budget_bytes);
     let context = writer::Context {
-        data_dir: config.data_dir.clone(),
+        volumes: Arc::clone(&volumes),
         rule: config.chunk_rule(),
         segment_bytes: config.segment_bytes,
         index: !bench.no_index,
@@ -157,6 +159,7 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
         health,
         counters,
         disk,
+        volumes,
         null_sink: bench.null_sink,
         queries: Arc::new(Semaphore::new(limits::QUERIES_AT_ONCE)),
         control: control.handle().clone(),
@@ -189,6 +192,19 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
     served
 }
 
+/// The volumes with their locks, and a disk that fits all of them.
+fn open_volumes(config: &Config) -> Result<(Arc<Volumes>, DiskState, Vec<File>), AnyError> {
+    let volumes::Opened { volumes, locks, notes } = volumes::open(config)?;
+    let mut disk = uring::probe(&config.data_dir, config.engine == EngineChoice::Auto);
+    for volume in volumes.others() {
+        let other = uring::probe(&volume.root, config.engine == EngineChoice::Auto);
+        disk.direct &= other.direct;
+        disk.notes.extend(other.notes.into_iter().filter(|note| note.contains("direct") || note.contains("DIRECT")));
+    }
+    disk.notes.extend(notes);
+    Ok((Arc::new(volumes), disk, locks))
+}
+
 /// A stopped recorder's folder, opened for a command.
 pub(crate) struct Offline {
     pub(crate) catalog: Catalog,
@@ -205,8 +221,8 @@ where
     if format < FORMAT_VERSION {
         return Err("the folder has an older format; start `flightbox serve` on it once, which migrates it".into());
     }
-    let disk = uring::probe(&config.data_dir, config.engine == EngineChoice::Auto);
-    let catalog = folder::open_catalog(&config.data_dir, &disk)?.catalog;
+    let (volumes, disk, _volume_locks) = open_volumes(config)?;
+    let catalog = folder::open_catalog(&volumes, &disk)?.catalog;
     let (committer, committer_thread) =
         committer::start(catalog.clone(), Arc::new(Stats::default()), Arc::new(Health::default()))?;
     let (loader, reader_thread) = start_reader(config, &disk, &IoCounters::shared())?;
@@ -263,7 +279,7 @@ impl DiskBody for WriterBody {
 }
 
 fn start_steward(
-    config: &Config,
+    volumes: &Arc<Volumes>,
     disk: &DiskState,
     catalog: &Catalog,
     committer: &CommitHandle,
@@ -274,7 +290,7 @@ fn start_steward(
     let context = steward::Context {
         catalog: catalog.clone(),
         committer: committer.clone(),
-        data_dir: config.data_dir.clone(),
+        volumes: Arc::clone(volumes),
         counters: Arc::clone(counters),
         health: Arc::clone(health),
     };

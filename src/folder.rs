@@ -10,12 +10,13 @@ use crate::when::now_ns;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use storage::catalog::{Catalog, salvage};
 use storage::disk::{Disk, DiskState};
 use storage::limits::RING_BUFFERS_PER_SERVICE;
 use storage::rebuild::{self, Rebuilt};
+use storage::volumes::Volumes;
 use storage::{StorageError, files};
 
 type AnyError = Box<dyn std::error::Error>;
@@ -45,18 +46,27 @@ pub(crate) fn prepare(dir: &Path) -> Result<(File, u32), AnyError> {
         .write(true)
         .open(&path)
         .map_err(|error| StorageError::io("open", &path, error))?;
-    let since = Instant::now();
-    while let Err(error) = rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        if since.elapsed() > LOCK_PATIENCE {
-            let text =
-                format!("{} is in use by another flightbox ({error}); stop it or choose another --data", dir.display());
-            return Err(StorageError::Directory(text).into());
-        }
-        std::thread::park_timeout(Duration::from_millis(50));
-    }
+    self::lock(&lock, dir)?;
     let format = check_format(dir)?;
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| StorageError::io("sync folder", dir, error))?;
     Ok((lock, format))
+}
+
+/// Makes a folder this process's own, as long as `file` is open.
+///
+/// # Errors
+/// When another process has it and keeps it.
+pub(crate) fn lock(file: &File, dir: &Path) -> Result<(), StorageError> {
+    let since = Instant::now();
+    while let Err(error) = rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        if since.elapsed() > LOCK_PATIENCE {
+            let text =
+                format!("{} is in use by another flightbox ({error}); stop it or choose another folder", dir.display());
+            return Err(StorageError::Directory(text));
+        }
+        std::thread::park_timeout(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 fn check_format(dir: &Path) -> Result<u32, AnyError> {
@@ -111,18 +121,19 @@ pub(crate) struct Opened {
 }
 
 /// Opens the catalog; one that is damaged or missing is made again from the files.
-pub(crate) fn open_catalog(data_dir: &Path, disk: &DiskState) -> Result<Opened, AnyError> {
+pub(crate) fn open_catalog(volumes: &Arc<Volumes>, disk: &DiskState) -> Result<Opened, AnyError> {
+    let data_dir = volumes.data_dir();
     let path = data_dir.join(CATALOG);
     if let Some(marker) = Marker::read(data_dir)? {
         if !marker.is_done(data_dir) {
-            return rebuild_catalog(data_dir, disk, marker.cause, &mut |_| {});
+            return rebuild_catalog(volumes, disk, marker.cause, &mut |_| {});
         }
         // The crash came between the last two steps.
         marker.remove(data_dir)?;
     }
     // Without this file RocksDB would begin an empty catalog.
-    if std::fs::metadata(path.join("CURRENT")).is_err() && has_recordings(data_dir)? {
-        return rebuild_catalog(data_dir, disk, "it is missing".to_owned(), &mut |_| {});
+    if std::fs::metadata(path.join("CURRENT")).is_err() && has_recordings(volumes)? {
+        return rebuild_catalog(volumes, disk, "it is missing".to_owned(), &mut |_| {});
     }
     let mut opened = Catalog::open(&path, disk.direct);
     if opened.as_ref().is_err_and(StorageError::is_full_disk) {
@@ -139,7 +150,7 @@ pub(crate) fn open_catalog(data_dir: &Path, disk: &DiskState) -> Result<Opened, 
         Err(error) if is_of_the_machine(&error) => return Err(error.into()),
         Err(error) => error.to_string(),
     };
-    rebuild_catalog(data_dir, disk, cause, &mut |_| {})
+    rebuild_catalog(volumes, disk, cause, &mut |_| {})
 }
 
 /// Failures to open that say nothing about the catalog's bytes: the start fails, and nothing is touched.
@@ -210,12 +221,13 @@ pub(crate) fn ask_for_rebuild(data_dir: &Path, cause: &str) -> Result<(), Storag
 
 /// Sets the catalog aside and makes another from the files, with what can still be read of the old one.
 pub(crate) fn rebuild_catalog(
-    data_dir: &Path,
+    volumes: &Arc<Volumes>,
     disk: &DiskState,
     cause: String,
     progress: &mut dyn FnMut(&Rebuilt),
 ) -> Result<Opened, AnyError> {
     tracing::error!(%cause, "the catalog cannot be used: it is made again from the files");
+    let data_dir = volumes.data_dir();
     let marker = match Marker::read(data_dir)? {
         Some(marker) => marker,
         None => Marker { aside: fresh_aside(), cause: cause.clone() },
@@ -232,7 +244,7 @@ pub(crate) fn rebuild_catalog(
         _ => {}
     }
     let catalog = Catalog::open(&fresh, disk.direct)?;
-    let mut rebuilt = from_files(data_dir, disk, &catalog, progress)?;
+    let mut rebuilt = from_files(volumes, disk, &catalog, progress)?;
     if aside.is_dir() {
         match salvage::salvage(&aside, &data_dir.join("catalog.salvage"), &catalog, now_ns()) {
             Ok(found) => rebuilt.missing.extend(found),
@@ -253,13 +265,13 @@ pub(crate) fn rebuild_catalog(
 
 /// Reads the files on a thread with a ring of its own.
 fn from_files(
-    data_dir: &Path,
+    volumes: &Arc<Volumes>,
     disk: &DiskState,
     into: &Catalog,
     progress: &mut dyn FnMut(&Rebuilt),
 ) -> Result<Rebuilt, AnyError> {
     let (told, hear) = mpsc::channel();
-    let body = RebuildBody { data_dir: data_dir.to_owned(), into: into.clone(), told };
+    let body = RebuildBody { volumes: Arc::clone(volumes), into: into.clone(), told };
     let thread = on_disk("fb-rebuild", disk, RING_BUFFERS_PER_SERVICE, body)?;
     let mut result = Err(StorageError::Directory("the thread that reads the files has died".to_owned()));
     for news in hear {
@@ -280,25 +292,30 @@ enum News {
 }
 
 struct RebuildBody {
-    data_dir: PathBuf,
+    volumes: Arc<Volumes>,
     into: Catalog,
     told: mpsc::Sender<News>,
 }
 
 impl DiskBody for RebuildBody {
     async fn run<D: Disk>(self, disk: D) {
-        let Self { data_dir, into, told } = self;
+        let Self { volumes, into, told } = self;
         let mut progress = |done: &Rebuilt| {
             told.send(News::So(done.clone())).ok(); // Whoever watches may have gone.
         };
-        let result = rebuild::rebuild(&disk, &data_dir, &into, now_ns(), &mut progress).await;
+        let result = rebuild::rebuild(&disk, &volumes, &into, now_ns(), &mut progress).await;
         told.send(News::End(result)).ok(); // As above.
     }
 }
 
-fn has_recordings(data_dir: &Path) -> Result<bool, StorageError> {
-    let dir = data_dir.join("sequences");
-    Ok(!files::list(&dir).map_err(|error| StorageError::io("list", &dir, error))?.is_empty())
+fn has_recordings(volumes: &Volumes) -> Result<bool, StorageError> {
+    let roots = volumes.others().map(|volume| volume.root.as_path()).chain([volumes.data_dir()]);
+    for dir in roots.map(|root| root.join("sequences")) {
+        if !files::list(&dir).map_err(|error| StorageError::io("list", &dir, error))?.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Notes how far the catalog's log reached, so that one that ends before is noticed.

@@ -42,14 +42,50 @@ pub(crate) fn space(before: Space, free: u64, reserve: u64) -> Space {
     }
 }
 
+impl Space {
+    /// The less pleasant of two.
+    fn worse(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Full, _) | (_, Self::Full) => Self::Full,
+            (Self::Low, _) | (_, Self::Low) => Self::Low,
+            (Self::Enough, Self::Enough) => Self::Enough,
+        }
+    }
+}
+
+/// One volume's room.
+#[derive(Debug)]
+pub(crate) struct Room {
+    /// As uploads to it are told: a full data folder takes no commits, wherever the rows go.
+    pub(crate) space: watch::Sender<Space>,
+    /// What was seen last: what follows from its own room, and the bytes free.
+    seen: Mutex<(Space, Option<u64>)>,
+}
+
+impl Room {
+    fn seen(&self) -> (Space, Option<u64>) {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What followed from its own room when it was looked at last.
+    pub(crate) fn own(&self) -> Space {
+        self.seen().0
+    }
+
+    /// Bytes free when it was looked at last.
+    pub(crate) fn free(&self) -> Option<u64> {
+        self.seen().1
+    }
+}
+
 /// What is known now.
 #[derive(Debug)]
 pub(crate) struct Health {
     catalog: Mutex<Option<String>>,
-    /// Room on the disk; uploads watch it.
+    /// The worst of all volumes.
     pub(crate) space: watch::Sender<Space>,
-    /// Bytes free when it was looked at last.
-    free: Mutex<Option<u64>>,
+    /// The volumes' rooms, the data folder's first.
+    pub(crate) rooms: Vec<Room>,
     /// Set when the catalog must be made again: the daemon stops for it.
     pub(crate) corrupt: watch::Sender<Option<String>>,
     /// A write met a full disk; wakes the watcher.
@@ -60,18 +96,24 @@ pub(crate) struct Health {
 
 impl Default for Health {
     fn default() -> Self {
+        Self::of(1)
+    }
+}
+
+impl Health {
+    /// Of so many volumes, the data folder among them.
+    pub(crate) fn of(volumes: usize) -> Self {
+        let room = || Room { space: watch::Sender::new(Space::Enough), seen: Mutex::new((Space::Enough, None)) };
         Self {
             catalog: Mutex::new(None),
             space: watch::Sender::new(Space::Enough),
-            free: Mutex::new(None),
+            rooms: std::iter::repeat_with(room).take(volumes).collect(),
             corrupt: watch::Sender::new(None),
             full: tokio::sync::Notify::new(),
             giving_up: AtomicBool::new(false),
         }
     }
-}
 
-impl Health {
     fn catalog(&self) -> std::sync::MutexGuard<'_, Option<String>> {
         self.catalog.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -109,14 +151,26 @@ impl Health {
         self.catalog().clone()
     }
 
-    /// What the watcher saw.
-    pub(crate) fn saw_free(&self, bytes: u64) {
-        *self.free.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes);
+    /// What the watcher saw of one volume.
+    pub(crate) fn saw(&self, volume: usize, own: Space, free: u64) {
+        if let Some(room) = self.rooms.get(volume) {
+            *room.seen.lock().unwrap_or_else(PoisonError::into_inner) = (own, Some(free));
+        }
     }
 
-    /// Bytes free when the disk was looked at last.
-    pub(crate) fn free(&self) -> Option<u64> {
-        *self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Tells everyone what was seen.
+    pub(crate) fn tell_space(&self) {
+        let data_folder = self.rooms.first().map_or(Space::Enough, Room::own);
+        let change = |sender: &watch::Sender<Space>, now: Space| {
+            sender.send_if_modified(|told| std::mem::replace(told, now) != now);
+        };
+        let mut worst = Space::Enough;
+        for room in &self.rooms {
+            let now = room.own().worse(data_folder);
+            worst = worst.worse(now);
+            change(&room.space, now);
+        }
+        change(&self.space, worst);
     }
 }
 
@@ -138,6 +192,19 @@ mod tests {
         check(Space::Low, 50, Space::Low);
         check(Space::Low, 49, Space::Full);
         check(Space::Enough, 10, Space::Full);
+    }
+
+    #[test]
+    fn a_full_volume_is_told_to_its_own_uploads_and_a_full_data_folder_to_all() {
+        let health = Health::of(3);
+        let told = || health.rooms.iter().map(|room| *room.space.borrow()).collect::<Vec<_>>();
+        health.saw(1, Space::Full, 0);
+        health.tell_space();
+        assert_eq!((told(), *health.space.borrow()), (vec![Space::Enough, Space::Full, Space::Enough], Space::Full));
+        health.saw(1, Space::Enough, 9);
+        health.saw(0, Space::Full, 0);
+        health.tell_space();
+        assert_eq!((told(), *health.space.borrow()), (vec![Space::Full; 3], Space::Full));
     }
 
     #[test]

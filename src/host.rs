@@ -51,14 +51,15 @@ impl Check {
     }
 }
 
-/// What defaults are derived from.
-pub(crate) fn facts(data_dir: &Path) -> HostFacts {
+/// What defaults are derived from. `folders`: where rows go.
+pub(crate) fn facts(folders: &[PathBuf]) -> HostFacts {
+    let least = |bytes: fn(&Path) -> Option<u64>| folders.iter().filter_map(|folder| bytes(folder)).min().unwrap_or(0);
     let pages = rustix::system::sysinfo();
     HostFacts {
         memory_bytes: (pages.totalram as u64 * u64::from(pages.mem_unit)).min(cgroup_limit().unwrap_or(u64::MAX)),
         cores: std::thread::available_parallelism().map_or(1, usize::from),
-        free_bytes: free_bytes(data_dir).unwrap_or(0),
-        disk_bytes: rustix::fs::statvfs(existing(data_dir)).map_or(0, |stat| stat.f_blocks * stat.f_frsize),
+        free_bytes: least(free_bytes),
+        disk_bytes: least(disk_bytes),
     }
 }
 
@@ -75,6 +76,11 @@ fn cgroup_limit() -> Option<u64> {
         .take_while(|at| at.starts_with("/sys/fs/cgroup"))
         .filter_map(limit)
         .min()
+}
+
+/// Size of a folder's file system.
+fn disk_bytes(path: &Path) -> Option<u64> {
+    rustix::fs::statvfs(existing(path)).ok().map(|stat| stat.f_blocks * stat.f_frsize)
 }
 
 fn free_bytes(path: &Path) -> Option<u64> {
@@ -101,10 +107,17 @@ pub(crate) fn check(config: &Config) -> Vec<Check> {
     let dir = existing(&config.data_dir);
     let mut checks = vec![kernel(), cores(config), memory(config), memlock(config), descriptors()];
     checks.extend(disk(config, &dir));
-    checks.push(file_system(&dir));
-    checks.push(free_space(&dir));
-    checks.push(write_cache(&dir));
+    checks.extend(storage(&dir));
+    for volume in &config.data_dirs {
+        checks.push(Check::good("volume", volume.display().to_string()));
+        checks.extend(storage(&existing(volume)));
+    }
     checks
+}
+
+/// What lies under a folder.
+fn storage(dir: &Path) -> [Check; 3] {
+    [file_system(dir), free_space(dir), write_cache(dir)]
 }
 
 fn kernel() -> Check {
@@ -136,7 +149,7 @@ fn cores(config: &Config) -> Check {
 
 fn memory(config: &Config) -> Check {
     let sum: u64 = crate::limits::memory_sum(config).iter().map(|(_, bytes)| bytes).sum();
-    let total = facts(&config.data_dir).memory_bytes;
+    let total = facts(&[]).memory_bytes;
     let found = format!("{} MiB, of which flightbox may use {} MiB", total >> 20, sum >> 20);
     if sum < total {
         Check::good("memory", found)

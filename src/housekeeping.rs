@@ -8,7 +8,7 @@
 use crate::config::Config;
 use crate::flight::service::Shared;
 use crate::folder::{self, RESERVE};
-use crate::health::{Health, Space, space};
+use crate::health::{Health, Room, Space, space};
 use crate::systemd;
 use std::collections::HashMap;
 use std::fs::File;
@@ -20,6 +20,7 @@ use storage::catalog::Look;
 use storage::catalog::records::TopicRecord;
 use storage::files;
 use storage::ids::TopicNo;
+use storage::volumes::{Role, Volume, Volumes};
 
 /// How often the disk is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -44,7 +45,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             () = tokio::time::sleep(LOOK_INTERVAL) => false,
         };
         let for_look = Arc::clone(&shared);
-        let look = move || look_at_space(&for_look.config, &for_look.health, met_full);
+        let look = move || look_at_space(&for_look.config, &for_look.volumes, &for_look.health, met_full);
         if tokio::task::spawn_blocking(look).await.is_err() {
             tracing::error!("looking at the disk panicked");
         }
@@ -61,34 +62,44 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 
 // --- room on the disk ---
 
-/// Looks at the free space, acts on what follows, and tells everyone. `met_full`: a write was refused.
-pub(crate) fn look_at_space(config: &Config, health: &Health, met_full: bool) {
-    let reserve_path = config.data_dir.join(RESERVE);
-    let free = match files::free_space(&config.data_dir) {
-        Ok((free, _)) => free,
-        Err(error) => {
-            tracing::warn!(%error, "free space is unknown");
-            return;
+/// Looks at the free space of all volumes, acts on what follows, and tells everyone. `met_full`: a write was refused.
+pub(crate) fn look_at_space(config: &Config, volumes: &Volumes, health: &Health, met_full: bool) {
+    let mut found = Vec::new();
+    for (index, volume) in volumes.all().iter().enumerate().filter(|(_, volume)| volume.role != Role::Away) {
+        match files::free_space(&volume.root) {
+            Ok((free, _)) => found.push((index, volume, free)),
+            Err(error) => tracing::warn!(volume = %volume.root.display(), %error, "free space is unknown"),
         }
-    };
-    health.saw_free(free);
-    let before = *health.space.borrow();
+    }
+    // Which of them refused is not said: those without room, or the fullest.
+    let least = found.iter().map(|(_, _, free)| *free).min().unwrap_or(0);
+    for (index, volume, free) in found {
+        let refused = met_full && (free <= least || free < config.reserve_bytes);
+        look_at_volume(config.reserve_bytes, volume, health, (index, free, refused));
+    }
+    health.tell_space();
+}
+
+fn look_at_volume(reserve_bytes: u64, volume: &Volume, health: &Health, (index, free, refused): (usize, u64, bool)) {
+    let reserve_path = volume.root.join(RESERVE);
+    let before = health.rooms.get(index).map_or(Space::Enough, Room::own);
     let held = std::fs::metadata(&reserve_path).map_or(0, |metadata| metadata.len());
     // Without the reserve the room it will take is not free.
-    let beside = if held == 0 && before != Space::Full { free.saturating_sub(config.reserve_bytes) } else { free };
-    let now = if met_full { Space::Full } else { space(before, beside, config.reserve_bytes) };
+    let beside = if held == 0 && before != Space::Full { free.saturating_sub(reserve_bytes) } else { free };
+    let now = if refused { Space::Full } else { space(before, beside, reserve_bytes) };
     let kept = match now {
         Space::Full => files::remove_file(&reserve_path),
-        Space::Enough | Space::Low if held != config.reserve_bytes => reserve(&reserve_path, config.reserve_bytes),
+        Space::Enough | Space::Low if held != reserve_bytes => reserve(&reserve_path, reserve_bytes),
         Space::Enough | Space::Low => Ok(()),
     };
     if let Err(error) = kept {
         tracing::warn!(path = %reserve_path.display(), %error, "the reserve could not be changed");
     }
+    volume.set_short(now != Space::Enough);
     if now != before {
-        tell(now, free, config.reserve_bytes);
-        health.space.send_replace(now);
+        tell(&volume.root, now, free, reserve_bytes);
     }
+    health.saw(index, now, free);
 }
 
 /// Takes blocks that nobody else then has.
@@ -111,23 +122,25 @@ fn reserve(path: &Path, bytes: u64) -> io::Result<()> {
     file.sync_all()
 }
 
-fn tell(now: Space, free: u64, reserve: u64) {
+fn tell(volume: &Path, now: Space, free: u64, reserve: u64) {
+    let volume = volume.display();
     let (free_mib, reserve_mib) = (free >> 20, reserve >> 20);
     match now {
         Space::Enough => {
-            tracing::info!(free_mib, "there is room again");
+            tracing::info!(%volume, free_mib, "there is room again");
             systemd::status("recording");
         }
         Space::Low => {
-            tracing::warn!(free_mib, reserve_mib, "the disk is nearly full: delete or move recordings");
-            systemd::status(&format!("the disk is nearly full: {free_mib} MiB free"));
+            tracing::warn!(%volume, free_mib, reserve_mib, "the disk is nearly full: delete or move recordings");
+            systemd::status(&format!("the disk of {volume} is nearly full: {free_mib} MiB free"));
         }
         Space::Full => {
             tracing::error!(
+                %volume,
                 free_mib,
                 "the disk is full: uploads end with what is durable, new ones are refused until there is room"
             );
-            systemd::status("the disk is full: uploads are refused");
+            systemd::status(&format!("the disk of {volume} is full: uploads to it are refused"));
         }
     }
 }

@@ -22,6 +22,7 @@ mod scrub;
 mod simulation;
 mod stats;
 mod systemd;
+mod volumes;
 mod when;
 
 #[cfg(any(test, feature = "hostile"))]

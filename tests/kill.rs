@@ -24,9 +24,13 @@ const SHAPES: [(usize, usize, &str); STREAMS] =
 fn inv_1_and_2_and_5_hold_through_100_sigkills_under_mixed_load() {
     run(async {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        // From the middle on every second topic goes to another volume.
+        let volume = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let both = format!("data_dirs={}:{}", folder.path().display(), volume.path().display());
         let mut all = Vec::new();
         for round in 0..ROUNDS {
-            let mut server = Server::start_on(folder.path(), &["chunk_bytes=1MiB", "commit_interval=10ms"]);
+            let volumes = if round < ROUNDS / 2 { "data_dirs=" } else { &both };
+            let mut server = Server::start_on(folder.path(), &["chunk_bytes=1MiB", "commit_interval=10ms", volumes]);
             let sequence = format!("round{round}");
             let ledger = Ledger::default();
             let after = Duration::from_millis(20 + round * 37 % 250);
@@ -39,9 +43,10 @@ fn inv_1_and_2_and_5_hold_through_100_sigkills_under_mixed_load() {
             all.extend(ledger.lock().expect("not poisoned").drain(..));
             if round % 10 == 0 {
                 server.kill();
-                let before = listing(folder.path());
+                let everything = || [listing(folder.path()), listing(volume.path())];
+                let before = everything();
                 let mut again = Server::start_on(folder.path(), &[]);
-                assert!(before == listing(folder.path()), "round {round}: a second recovery changed a file");
+                assert!(before == everything(), "round {round}: a second recovery changed a file");
                 again.stop();
             } else {
                 server.stop();
@@ -54,6 +59,7 @@ fn inv_1_and_2_and_5_hold_through_100_sigkills_under_mixed_load() {
             Told::Aborted(_) => (sum.0, sum.1 + 1),
         });
         check_ledger(&server, &Arc::new(Mutex::new(all))).await;
+        assert!(!listing(volume.path()).is_empty(), "topics lie on the other volume");
         println!("{ROUNDS} SIGKILLs; {finalized} finalized and {aborted} aborted sequences as they were told");
         assert!(finalized > 0);
         assert!(aborted > 0);

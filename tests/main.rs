@@ -15,3 +15,4 @@ mod resume;
 mod space;
 mod tidy;
 mod v0;
+mod volumes;

@@ -43,6 +43,15 @@ fn render(info: &Value) -> String {
         text("/health/space"),
         bytes(number("/health/free_bytes"))
     ));
+    for volume in info["volumes"].as_array().into_iter().flatten().skip(1) {
+        lines.push(format!(
+            "volume {}: {}, space {} ({} free)",
+            volume["root"].as_str().unwrap_or("?"),
+            volume["role"].as_str().unwrap_or("?"),
+            volume["space"].as_str().unwrap_or("?"),
+            bytes(volume["free_bytes"].as_u64().unwrap_or(0))
+        ));
+    }
     lines.push(format!(
         "stored: {} sequences, {} topics, {} rows, {} chunks, {}",
         number("/stored/sequences"),

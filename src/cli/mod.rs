@@ -168,8 +168,11 @@ impl Settings {
                 raw.set(key, value, "command line")?;
             }
         }
-        let data_dir = PathBuf::from(&raw.get("data_dir").text);
-        Config::check(&raw, &host::facts(&data_dir))
+        let folders = match raw.get("data_dirs").text.as_str() {
+            "" => vec![PathBuf::from(&raw.get("data_dir").text)],
+            list => list.split(':').map(PathBuf::from).collect(),
+        };
+        Config::check(&raw, &host::facts(&folders))
     }
 }
 

@@ -4,10 +4,11 @@
 use crate::cli::bytes;
 use crate::config::{Config, EngineChoice};
 use crate::folder::{self, FORMAT_VERSION};
-use crate::recovery;
+use crate::{recovery, volumes};
 use serde_json::Value;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 use storage::catalog::Catalog;
 use storage::rebuild::Rebuilt;
 use storage::recover::Receipt;
@@ -20,6 +21,7 @@ pub(super) fn run(config: &Config, json: bool) -> Result<ExitCode, AnyError> {
         return Err(format!("{} holds no recordings; give --data", config.data_dir.display()).into());
     }
     let (_lock, format) = folder::prepare(&config.data_dir)?;
+    let volumes = volumes::open(config)?;
     let disk = uring::probe(&config.data_dir, config.engine == EngineChoice::Auto);
     if format < FORMAT_VERSION && Catalog::open(&config.data_dir.join("catalog"), disk.direct).is_ok() {
         let why = "the folder has an older format, whose files do not tell enough to do without their catalog, and that one \
@@ -32,7 +34,8 @@ pub(super) fn run(config: &Config, json: bool) -> Result<ExitCode, AnyError> {
             write!(std::io::stderr(), "\r{text}\x1b[K").ok(); // Nothing depends on it.
         }
     };
-    let opened = folder::rebuild_catalog(&config.data_dir, &disk, "`flightbox recover`".to_owned(), &mut progress)?;
+    let opened =
+        folder::rebuild_catalog(&Arc::new(volumes.volumes), &disk, "`flightbox recover`".to_owned(), &mut progress)?;
     if std::io::stderr().is_terminal() {
         writeln!(std::io::stderr())?;
     }

@@ -45,6 +45,8 @@ pub(crate) enum OntologyMode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Config {
     pub(crate) data_dir: PathBuf,
+    /// Folders that topics are spread over; empty: the data folder itself.
+    pub(crate) data_dirs: Vec<PathBuf>,
     pub(crate) listen: SocketAddr,
     pub(crate) unix_socket: Option<PathBuf>,
     pub(crate) engine: EngineChoice,
@@ -100,10 +102,13 @@ impl Config {
             "auto" => memory_budget_bytes / 2,
             _ => size(raw.get("touch_memory"))?.min(memory_budget_bytes),
         };
+        let data_dirs = folders(raw.get("data_dirs"))?;
         let writers = match raw.get("writers").text.as_str() {
             "auto" => (host.cores / 2).max(1),
             _ => usize::try_from(at_least("writers", number(raw.get("writers"))?, 1, "1")?).unwrap_or(usize::MAX),
         };
+        // As many for each: the topics of one writer lie on one volume.
+        let writers = writers.checked_next_multiple_of(data_dirs.len().max(1)).unwrap_or(writers);
         let front_threads = match raw.get("front_threads").text.as_str() {
             // Two threads on one core only wake each other.
             "auto" => host.cores.saturating_sub(writers).max(1),
@@ -134,6 +139,7 @@ impl Config {
         let unix = raw.get("unix_socket");
         Ok(Self {
             data_dir: PathBuf::from(&raw.get("data_dir").text),
+            data_dirs,
             listen: raw
                 .get("listen")
                 .text
@@ -218,6 +224,22 @@ fn refuse(setting: &Setting, why: &str) -> ConfigError {
         origin: setting.origin.clone(),
         why: why.to_owned(),
     }
+}
+
+/// Folders on other volumes, which links will name.
+fn folders(setting: &Setting) -> Result<Vec<PathBuf>, ConfigError> {
+    let folders: Vec<PathBuf> = setting.text.split(':').filter(|part| !part.is_empty()).map(PathBuf::from).collect();
+    for (at, folder) in folders.iter().enumerate() {
+        if !folder.is_absolute() {
+            return Err(refuse(setting, &format!("{} must be an absolute path", folder.display())));
+        }
+        let overlaps = |other: &PathBuf| other.starts_with(folder) || folder.starts_with(other);
+        if let Some(other) = folders.iter().take(at).find(|other| overlaps(other)) {
+            let why = format!("{} and {} must be apart from each other", other.display(), folder.display());
+            return Err(refuse(setting, &why));
+        }
+    }
+    Ok(folders)
 }
 
 fn number(setting: &Setting) -> Result<u64, ConfigError> {

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Every key with its default, in the order of the shipped file.
-pub(crate) const KEYS: [(&str, &str); 29] = [
+pub(crate) const KEYS: [(&str, &str); 30] = [
     ("data_dir", "flightbox-data"),
+    ("data_dirs", ""),
     ("listen", "127.0.0.1:6726"),
     ("unix_socket", ""),
     ("engine", "auto"),
@@ -100,8 +101,13 @@ impl Raw {
                 toml::Value::String(text) => text,
                 toml::Value::Integer(number) => number.to_string(),
                 toml::Value::Boolean(flag) => flag.to_string(),
+                toml::Value::Array(list) if list.iter().all(toml::Value::is_str) => {
+                    list.iter().filter_map(toml::Value::as_str).collect::<Vec<_>>().join(":")
+                }
                 other => {
-                    let why = format!("`{key}` must be a text, a whole number or a flag; there are no sections");
+                    let why = format!(
+                        "`{key}` must be a text, a list of texts, a whole number or a flag; there are no sections"
+                    );
                     return Err(broken(other.to_string(), why));
                 }
             };

@@ -150,7 +150,8 @@ impl Ingest {
 
     /// Reads descriptor and schema and opens the topic.
     async fn open(&self, stream: &mut Streaming<FlightData>) -> Result<Upload, Status> {
-        if *self.shared.health.space.borrow() == Space::Full {
+        let data_folder = self.shared.health.rooms.first().map(|room| *room.space.borrow());
+        if data_folder == Some(Space::Full) {
             return Err(disk_is_full("the upload was not begun"));
         }
         let mut descriptor: Option<Descriptor> = None;
@@ -183,10 +184,13 @@ impl Ingest {
     }
 
     fn ends(&self, upload: &Upload) -> Ends {
+        let topic = &upload.topic;
+        let volume = self.shared.volumes.index_of(topic.sequence, topic.id, topic.no);
+        let space = self.shared.health.rooms.get(volume).map_or(&self.shared.health.space, |room| &room.space);
         let mut ends = Ends {
             watermark: upload.watermark.clone(),
             stopping: self.shared.stopping.clone(),
-            space: self.shared.health.space.subscribe(),
+            space: space.subscribe(),
         };
         // What has happened before this is seen at the first look.
         ends.watermark.mark_changed();

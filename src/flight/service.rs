@@ -4,7 +4,7 @@ use crate::config::Config;
 use crate::flight::dialect::Connection;
 use crate::flight::upload::Monitor;
 use crate::flight::{actions, get, list, put};
-use crate::health::Health;
+use crate::health::{Health, Room};
 use crate::ingest::admit::Budget;
 use crate::lifecycle::Lifecycle;
 use crate::lifecycle::damage::Checker;
@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use storage::StorageError;
 use storage::catalog::Look;
 use storage::disk::{DiskState, IoCounters};
+use storage::volumes::Volumes;
 use tokio::sync::{Semaphore, watch};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -35,6 +36,8 @@ pub(crate) struct Shared {
     pub(crate) health: Arc<Health>,
     pub(crate) counters: Arc<IoCounters>,
     pub(crate) disk: DiskState,
+    /// Where recordings lie.
+    pub(crate) volumes: Arc<Volumes>,
     /// For measuring the front alone: batches are decoded and dropped.
     pub(crate) null_sink: bool,
     /// Places for questions that run at once.
@@ -73,6 +76,20 @@ impl Shared {
                 })
             })
             .collect();
+        let volumes: Vec<Value> = self
+            .volumes
+            .all()
+            .iter()
+            .zip(&self.health.rooms)
+            .map(|(volume, room)| {
+                json!({
+                    "root": volume.root,
+                    "role": volume.role.name(),
+                    "space": room.own().name(),
+                    "free_bytes": room.free(),
+                })
+            })
+            .collect();
         let catalog = self.lifecycle.catalog.written();
         let memory = limits::memory_sum(&self.config);
         let sum: u64 = memory.iter().map(|(_, bytes)| bytes).sum();
@@ -90,9 +107,10 @@ impl Shared {
                 "catalog": self.health.catalog_failure().unwrap_or_else(|| "ok".to_owned()),
                 "commit_failures": load(&self.stats.commit_failures),
                 "space": self.health.space.borrow().name(),
-                "free_bytes": self.health.free(),
+                "free_bytes": self.health.rooms.first().and_then(Room::free),
                 "reserve_bytes": self.config.reserve_bytes,
             },
+            "volumes": volumes,
             "recovery": crate::recovery::last_receipt(&self.lifecycle.catalog)?,
             "ring_bytes": {
                 "chunk": load(&self.counters.chunk),

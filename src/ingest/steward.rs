@@ -8,7 +8,7 @@ use crate::health::{Health, Space};
 use crate::ingest::committer::{CommitHandle, Live};
 use crate::limits;
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::{SequenceRecord, SessionRecord, TopicRecord};
@@ -17,6 +17,7 @@ use storage::catalog::{Catalog, Look, Txn};
 use storage::disk::{Disk, IoCounters};
 use storage::ids::{SequenceId, TopicNo};
 use storage::recover::{self, TopicReceipt};
+use storage::volumes::Volumes;
 use storage::{StorageError, found, manifest, segment};
 use tokio::sync::{mpsc, oneshot};
 
@@ -97,12 +98,16 @@ impl StewardHandle {
 pub(crate) struct Context {
     pub(crate) catalog: Catalog,
     pub(crate) committer: CommitHandle,
-    pub(crate) data_dir: PathBuf,
+    pub(crate) volumes: Arc<Volumes>,
     pub(crate) counters: Arc<IoCounters>,
     pub(crate) health: Arc<Health>,
 }
 
 impl Context {
+    fn data_dir(&self) -> &Path {
+        self.volumes.data_dir()
+    }
+
     /// Whether work that met a full disk may be tried again: the reserve is free for it.
     async fn has_room_now(&self, result: &Outcome) -> bool {
         if !result.as_ref().is_err_and(StorageError::is_full_disk) {
@@ -164,7 +169,7 @@ pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, conte
 
 async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: Option<u32>) -> Outcome {
     let sealed =
-        recover::seal_topic(disk, &context.catalog, &context.data_dir, topic, below, &context.counters).await?;
+        recover::seal_topic(disk, &context.catalog, context.data_dir(), topic, below, &context.counters).await?;
     let no = topic.no;
     if sealed.is_empty() && below.is_none() {
         // Locked without a new segment: no footer can say so any more.
@@ -189,7 +194,7 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
 /// The manifest says that a topic is locked, where no footer of it does.
 async fn note_lock<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord) -> Outcome {
     match context.catalog.sequence(topic.sequence)? {
-        Some(sequence) => manifest::write(disk, &context.catalog, &context.data_dir, &sequence).await,
+        Some(sequence) => manifest::write(disk, &context.catalog, context.data_dir(), &sequence).await,
         None => Ok(()),
     }
 }
@@ -197,7 +202,7 @@ async fn note_lock<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord) ->
 /// When nobody writes a topic any more, a file without a record was never committed.
 async fn remove_uncommitted<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord) -> Result<u64, StorageError> {
     let no = topic.no;
-    let files = recover::files_of(disk, &context.data_dir, topic).await?;
+    let files = recover::files_of(disk, context.data_dir(), topic).await?;
     let records = move |txn: &mut Txn<'_>, live: &mut Live| {
         let quiet = !live.is_open(no) && txn.topic(no)?.is_some();
         if quiet { Ok(Some(txn.segments(no)?)) } else { Ok::<_, StorageError>(None) }
@@ -215,7 +220,7 @@ async fn recover_topic<D: Disk>(disk: &D, context: &Context, topic: TopicRecord)
     let locked = topic.completed_at_ns.is_some();
     let mut receipt = TopicReceipt { locator: topic.locator.clone(), locked, ..TopicReceipt::default() };
     if !locked {
-        let behind = found::behind(disk, catalog, &context.data_dir, &topic).await?;
+        let behind = found::behind(disk, catalog, context.data_dir(), &topic).await?;
         receipt.adopted_chunks = behind.len() as u64;
         receipt.adopted_rows = behind.iter().map(|found| found.trailer.record.rows()).sum();
         if !behind.is_empty() {
@@ -224,7 +229,7 @@ async fn recover_topic<D: Disk>(disk: &D, context: &Context, topic: TopicRecord)
         }
     }
     let segments = catalog.segments(no)?;
-    let dir = segment::topic_dir(&context.data_dir, topic.sequence, topic.id);
+    let dir = segment::topic_dir(context.data_dir(), topic.sequence, topic.id);
     for record in segments.iter().filter(|record| record.sealed_length.is_none()) {
         let path = dir.join(segment::file_name(record.no));
         let end = disk.data_end(&path, record.end_offset).await;
@@ -253,7 +258,7 @@ async fn remove_orphans<D: Disk>(
 ) -> Result<Vec<PathBuf>, StorageError> {
     let lost = |text: String| StorageError::Catalog { op: "recover", text: format!("Corruption: {text}") };
     for sequence in unsettled {
-        if let Some(text) = found::lost_lock(disk, &context.catalog, &context.data_dir, sequence).await? {
+        if let Some(text) = found::lost_lock(disk, &context.catalog, context.data_dir(), sequence).await? {
             return Err(lost(text));
         }
     }
@@ -263,10 +268,10 @@ async fn remove_orphans<D: Disk>(
         .deletions()?
         .into_iter()
         .flat_map(|deletion| deletion.folders)
-        .map(|folder| context.data_dir.join(folder))
+        .flat_map(|folder| context.volumes.all().iter().map(move |volume| volume.root.join(&folder)))
         .collect();
     let mut removed = Vec::new();
-    for orphan in recover::orphans(disk, &context.catalog, &context.data_dir, unsettled).await? {
+    for orphan in recover::orphans(disk, &context.catalog, &context.volumes, unsettled).await? {
         // Deletions have records of their own: what says whose it is was lost by the catalog, not by its owner.
         if deleting.contains(&orphan) {
             continue;
@@ -290,7 +295,7 @@ async fn remove_orphans<D: Disk>(
 /// What a finalized session adds: manifest and links. A sequence that is locked, sealed and linked needs no
 /// look at the next start.
 async fn settle<D: Disk>(disk: &D, context: &Context, sequence: &SequenceRecord) -> Outcome {
-    let (catalog, data_dir, id) = (&context.catalog, &context.data_dir, sequence.id);
+    let (catalog, data_dir, id) = (&context.catalog, context.data_dir(), sequence.id);
     if catalog.sequence(id)?.is_none() {
         return Ok(()); // Deleted meanwhile.
     }
@@ -332,11 +337,11 @@ async fn fold(context: &Context, topic: TopicNo, everything: bool) -> Outcome {
 }
 
 async fn remove<D: Disk>(disk: &D, context: &Context, ticket: [u8; 16], folders: &[String]) -> Outcome {
-    recover::remove_folders(disk, &context.data_dir, folders).await?;
+    recover::remove_folders(disk, &context.volumes, folders).await?;
     // What is left of a finalized sequence must not bring the rest back when the catalog is made again.
     for sequence in folders.iter().filter_map(|folder| sequence_of(folder)).collect::<BTreeSet<_>>() {
         if let Some(record) = context.catalog.sequence(sequence)? {
-            manifest::write(disk, &context.catalog, &context.data_dir, &record).await?;
+            manifest::write(disk, &context.catalog, context.data_dir(), &record).await?;
         }
     }
     context

@@ -19,7 +19,6 @@ use futures::FutureExt;
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,6 +29,7 @@ use storage::ids::TopicNo;
 use storage::schema::TopicSchema;
 use storage::segment::TopicFacts;
 use storage::tail::TailRun;
+use storage::volumes::Volumes;
 use storage::write::{ChunkRows, SegmentWriter, Shared};
 use tokio::sync::{oneshot, watch};
 
@@ -59,7 +59,7 @@ pub(crate) enum Message {
 /// What every writer needs.
 #[derive(Clone)]
 pub(crate) struct Context {
-    pub(crate) data_dir: PathBuf,
+    pub(crate) volumes: Arc<Volumes>,
     pub(crate) rule: ChunkRule,
     pub(crate) segment_bytes: u64,
     pub(crate) index: bool,
@@ -100,7 +100,7 @@ struct Writer<D: Disk> {
 /// Runs a writer until it is told to stop.
 pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Context) {
     let shared = Shared {
-        data_dir: context.data_dir.clone(),
+        volumes: Arc::clone(&context.volumes),
         segment_bytes: context.segment_bytes,
         index: context.index,
         prealloc: Arc::clone(&context.prealloc),

@@ -44,9 +44,17 @@ fn run_seed(seed: u64, planted: Planted) -> u64 {
     let ledger = Ledger::default();
     let mut random = Random::new(seed);
     let disk = SimDisk::new(random.bits(), u64::MAX, Faults::default());
+    // Every second recorder has its topics on two volumes.
+    let other = store.path().join("other");
+    let roots: &[&str] = if seed % 2 == 1 { &["data", "other"] } else { &["data"] };
+    if roots.len() > 1 {
+        std::fs::create_dir(&other).expect("a folder");
+        disk.mount(&other);
+    }
     let mut disk = on_one_thread(async {
-        let dirs = store.path().join("data/sequences");
-        storage::disk::make_dirs(&disk, Path::new("/"), &dirs).await.expect("folders");
+        for dirs in roots.iter().map(|root| store.path().join(root).join("sequences")) {
+            storage::disk::make_dirs(&disk, Path::new("/"), &dirs).await.expect("folders");
+        }
         disk
     });
     let calm = Manner { replays_tail: planted.replays_tail, ..CALM };

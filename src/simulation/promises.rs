@@ -96,7 +96,7 @@ pub(super) async fn lose_catalog(disk: &SimDisk, store: &Path, ledger: &Ledger) 
     let new = Catalog::open_small(&fresh, Simulated::default()).expect("a new catalog");
     // A file that the crash met before its head was durable says nothing of itself and is set aside: what had
     // committed chunks is checked below.
-    rebuild(disk, &store.join("data"), &new, 0, &mut |_| {}).await.expect("INV-9: it is made again");
+    rebuild(disk, &volumes(store), &new, 0, &mut |_| {}).await.expect("INV-9: it is made again");
     let mut ledger = ledger.borrow_mut();
     for sequence in ledger.iter_mut() {
         let known = new.sequence(sequence.id).expect("readable").is_some();

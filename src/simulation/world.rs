@@ -27,6 +27,7 @@ use storage::disk::IoCounters;
 use storage::ids::{SequenceId, TopicId};
 use storage::read::{self, Loader};
 use storage::sim::{Faults, Random, SimDisk};
+use storage::volumes::{Role, Volume, Volumes};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
@@ -139,6 +140,17 @@ pub(super) fn open_catalog(store: &Path, manner: Manner, failing: &Arc<AtomicU64
     Catalog::open_small(&store.join("catalog"), simulated).expect("the catalog opens")
 }
 
+/// The data folder, and another volume beside it where the disk of this recorder has one.
+pub(super) fn volumes(store: &Path) -> Volumes {
+    let data = store.join("data");
+    let other = store.join("other");
+    // The real folder says so; its files are simulated.
+    if !other.is_dir() {
+        return Volumes::only(data);
+    }
+    Volumes::new(Volume::new(data, Role::Takes), vec![Volume::new(other, Role::Takes)])
+}
+
 /// Starts everything on this thread.
 pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
     let mut raw = Raw::defaults();
@@ -151,11 +163,12 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
     let (committer, commits) = committer::pair();
     let health = Arc::new(Health::default());
     tokio::task::spawn_local(committer::run(catalog.clone(), commits, Arc::clone(&stats), Arc::clone(&health)));
+    let volumes = Arc::new(volumes(store));
     let (steward, jobs) = StewardHandle::new();
     let context = steward::Context {
         catalog: catalog.clone(),
         committer: committer.clone(),
-        data_dir: config.data_dir.clone(),
+        volumes: Arc::clone(&volumes),
         counters: Arc::clone(&counters),
         health: Arc::clone(&health),
     };
@@ -164,7 +177,7 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
     tokio::task::spawn_local(read::serve(disk.clone(), jobs, Arc::clone(&counters)));
     let budget = Budget::new(8 << 20);
     let context = writer::Context {
-        data_dir: config.data_dir.clone(),
+        volumes: Arc::clone(&volumes),
         rule: ChunkRule {
             chunk_bytes: 24 << 10,
             commit_interval: Duration::ZERO,

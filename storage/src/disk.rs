@@ -9,7 +9,7 @@ use crate::files::{self, Entry};
 use std::future::Future;
 use std::io;
 use std::ops::DerefMut;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -98,7 +98,15 @@ pub trait Disk: Clone + 'static {
     fn sync_dir(&self, path: &Path) -> impl Future<Output = io::Result<()>>;
     /// Gives a file a second name; one that is there already is fine.
     fn link(&self, from: &Path, to: &Path) -> impl Future<Output = io::Result<()>>;
-    /// Removes a folder and all below it; one that is not there is fine.
+    /// Makes a symbolic link at a path; one that is there already is fine.
+    fn symlink(&self, target: &Path, at: &Path) -> impl Future<Output = io::Result<()>> {
+        std::future::ready(files::symlink(target, at))
+    }
+    /// Where a symbolic link points; `None` for what is none, or is not there. Asks for a name only.
+    fn read_link(&self, path: &Path) -> impl Future<Output = io::Result<Option<PathBuf>>> {
+        std::future::ready(files::read_link(path))
+    }
+    /// Removes a folder and all below it, of a link the link; one that is not there is fine.
     fn remove_dir(&self, path: &Path) -> impl Future<Output = io::Result<()>>;
     /// What is in a folder, by name; nothing when it is not there. This and what follows are for the
     /// passes at start and the steward, and may block: never for a writer.

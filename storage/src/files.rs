@@ -15,8 +15,10 @@ use std::path::{Path, PathBuf};
 pub struct Entry {
     /// The whole path.
     pub path: PathBuf,
-    /// Whether it is a folder.
+    /// Whether it is a folder, or a link to one that is there.
     pub is_dir: bool,
+    /// Whether it is a symbolic link.
+    pub is_link: bool,
 }
 
 /// What is in a folder, by name; nothing when it is not there.
@@ -30,8 +32,9 @@ pub fn list(dir: &Path) -> io::Result<Vec<Entry>> {
     };
     let mut found = entries
         .map(|entry| {
-            let entry = entry?;
-            Ok(Entry { path: entry.path(), is_dir: entry.file_type()?.is_dir() })
+            let (path, kind) = entry.and_then(|entry| Ok((entry.path(), entry.file_type()?)))?;
+            let is_dir = if kind.is_symlink() { path.is_dir() } else { kind.is_dir() };
+            Ok(Entry { path, is_dir, is_link: kind.is_symlink() })
         })
         .collect::<io::Result<Vec<_>>>()?;
     found.sort();
@@ -84,6 +87,29 @@ pub fn remove_file(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
+    }
+}
+
+/// Makes a symbolic link; one that is there already is fine.
+///
+/// # Errors
+/// What the system reports.
+pub fn symlink(target: &Path, at: &Path) -> io::Result<()> {
+    match std::os::unix::fs::symlink(target, at) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
+}
+
+/// Where a symbolic link points; `None` for what is none, or is not there.
+///
+/// # Errors
+/// What the system reports.
+pub fn read_link(path: &Path) -> io::Result<Option<PathBuf>> {
+    match std::fs::read_link(path) {
+        Ok(target) => Ok(Some(target)),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -145,7 +171,7 @@ mod tests {
         replace(&path, b"one").expect("written");
         replace(&path, b"two").expect("written");
         assert_eq!(std::fs::read(&path).expect("readable"), b"two");
-        assert_eq!(list(folder.path()).expect("listed"), [Entry { path, is_dir: false }]);
+        assert_eq!(list(folder.path()).expect("listed"), [Entry { path, is_dir: false, is_link: false }]);
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub mod sim;
 pub mod tail;
 pub mod uring;
 pub mod verify;
+pub mod volumes;
 pub mod write;
 
 pub use error::StorageError;

@@ -20,6 +20,7 @@ use crate::found::{self, Found, segment_no};
 use crate::ids::{SequenceId, TopicId, TopicNo};
 use crate::manifest::{self, LockedTopic, Manifest};
 use crate::segment::{self, Head, TopicFacts};
+use crate::volumes::{self, Role, Volumes};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -57,15 +58,22 @@ struct Topic {
 /// reported and passed over.
 pub async fn rebuild<D: Disk>(
     disk: &D,
-    data_dir: &Path,
+    volumes: &Volumes,
     into: &Catalog,
     now_ns: i64,
     progress: &mut dyn FnMut(&Rebuilt),
 ) -> Result<Rebuilt> {
     let mut done = Rebuilt::default();
     let mut next_topic = 1;
-    for entry in list(disk, &data_dir.join("sequences")).await? {
-        let topics = sequence(disk, data_dir, into, &entry, now_ns, &mut done).await?;
+    for away in volumes.all().iter().filter(|volume| volume.role == Role::Away) {
+        done.missing.push(format!(
+            "{}: what lies on this volume, which is not there: run `flightbox recover` when it is",
+            away.root.display()
+        ));
+    }
+    volumes::relink(disk, volumes).await?;
+    for entry in list(disk, &volumes.data_dir().join("sequences")).await? {
+        let topics = sequence(disk, volumes, into, &entry, now_ns, &mut done).await?;
         next_topic = next_topic.max(topics);
         progress(&done);
     }
@@ -78,7 +86,7 @@ pub async fn rebuild<D: Disk>(
 /// One folder below `sequences/`; returns the number that the next topic may have.
 async fn sequence<D: Disk>(
     disk: &D,
-    data_dir: &Path,
+    volumes: &Volumes,
     into: &Catalog,
     folder: &Entry,
     now_ns: i64,
@@ -86,10 +94,10 @@ async fn sequence<D: Disk>(
 ) -> Result<u64> {
     let name = folder.path.file_name().and_then(|name| name.to_str()).unwrap_or("");
     let Some(id) = name.parse().ok().map(SequenceId).filter(|_| folder.is_dir) else {
-        set_aside(disk, data_dir, &folder.path, done).await?;
+        set_aside(disk, volumes, &folder.path, done).await?;
         return Ok(1);
     };
-    let manifest = disk.read_small(&manifest::path(data_dir, id)).await.ok().flatten();
+    let manifest = disk.read_small(&manifest::path(volumes.data_dir(), id)).await.ok().flatten();
     let manifest = manifest.and_then(|bytes| Manifest::decode(&bytes)).filter(|manifest| manifest.sequence.id == id);
     let mut locked: BTreeMap<TopicId, LockedTopic> = manifest
         .iter()
@@ -98,18 +106,22 @@ async fn sequence<D: Disk>(
         .collect();
     let mut topics = Vec::new();
     for entry in list(disk, &folder.path).await? {
-        if entry.path == manifest::path(data_dir, id) {
+        if entry.path == manifest::path(volumes.data_dir(), id) {
+            continue;
+        }
+        // A link whose volume is not there stays, like the topic behind it.
+        if entry.is_link && !entry.is_dir {
             continue;
         }
         if !entry.is_dir {
-            set_aside(disk, data_dir, &entry.path, done).await?;
+            set_aside(disk, volumes, &entry.path, done).await?;
             continue;
         }
         let name = entry.path.file_name().and_then(|name| name.to_str()).unwrap_or("");
         let known = name.parse().ok().map(TopicId).and_then(|id| locked.remove(&id));
-        match topic(disk, data_dir, &entry.path, known, done).await? {
+        match topic(disk, volumes, &entry.path, known, done).await? {
             Some(topic) => topics.push(topic),
-            None => set_aside(disk, data_dir, &entry.path, done).await?,
+            None => set_aside(disk, volumes, &entry.path, done).await?,
         }
     }
     // Without a folder: a topic that never had a DoPut, or one whose deletion removed its files.
@@ -171,7 +183,7 @@ async fn files_of_topic<D: Disk>(disk: &D, dir: &Path, done: &mut Rebuilt) -> Fi
 /// One topic's folder; `None` when nothing in it says whose it is.
 async fn topic<D: Disk>(
     disk: &D,
-    data_dir: &Path,
+    volumes: &Volumes,
     dir: &Path,
     locked: Option<LockedTopic>,
     done: &mut Rebuilt,
@@ -198,7 +210,7 @@ async fn topic<D: Disk>(
     }
     let mut topic = match locked {
         Some(locked) => locked_topic(facts, locked, candidates),
-        None => open_topic(disk, data_dir, facts, candidates, done).await?,
+        None => open_topic(disk, volumes, facts, candidates, done).await?,
     };
     if topic.locked.is_none() {
         topic.record.completed_at_ns = topic.record.completed_at_ns.or(completed);
@@ -213,7 +225,7 @@ async fn topic<D: Disk>(
     for path in silent {
         let used = topic.segments.iter().any(|segment| path.ends_with(segment::file_name(segment.no)));
         if !used && disk.length(&path).await.is_ok() {
-            set_aside(disk, data_dir, &path, done).await?;
+            set_aside(disk, volumes, &path, done).await?;
         }
     }
     Ok(Some(topic))
@@ -231,7 +243,7 @@ fn locked_topic(facts: TopicFacts, locked: LockedTopic, mut chunks: Vec<Found>) 
 /// What may still grow keeps a prefix. Whole chunks behind a gap are kept for people, in `lost+found/`.
 async fn open_topic<D: Disk>(
     disk: &D,
-    data_dir: &Path,
+    volumes: &Volumes,
     facts: TopicFacts,
     candidates: Vec<Found>,
     done: &mut Rebuilt,
@@ -260,11 +272,7 @@ async fn open_topic<D: Disk>(
     }
     for path in behind {
         let in_use = chunks.iter().any(|found| found.path == *path);
-        if in_use {
-            keep_copy(disk, data_dir, path, done).await?
-        } else {
-            set_aside(disk, data_dir, path, done).await?
-        }
+        if in_use { keep_copy(disk, volumes, path, done).await? } else { set_aside(disk, volumes, path, done).await? }
     }
     Ok(Topic {
         record: facts.topic.clone(),
@@ -361,28 +369,31 @@ fn holes(chunks: &[Found], rows: u64) -> Vec<(u64, u64)> {
     holes
 }
 
-/// Where a file or folder is kept that is of no use here; the folders above it are made.
-async fn lost_and_found<D: Disk>(disk: &D, data_dir: &Path, path: &Path) -> Result<PathBuf> {
-    let inside = path.strip_prefix(data_dir).unwrap_or(path);
-    let to = data_dir.join("lost+found").join(inside);
+/// Where a path lies in truth, and where it is kept when it is of no use there; the folders above that are made.
+async fn lost_and_found<D: Disk>(disk: &D, volumes: &Volumes, path: &Path) -> Result<(PathBuf, PathBuf)> {
+    let real = volumes::real(disk, path).await?;
+    let (root, to) = volumes::lost_and_found(volumes, &real);
     if let Some(parent) = to.parent() {
-        crate::disk::make_dirs(disk, data_dir, parent)
+        crate::disk::make_dirs(disk, &root, parent)
             .await
             .map_err(|error| StorageError::io("make folder", parent, error))?;
     }
-    Ok(to)
+    Ok((real, to))
 }
 
-async fn keep_copy<D: Disk>(disk: &D, data_dir: &Path, path: &Path, done: &mut Rebuilt) -> Result<()> {
-    let to = lost_and_found(disk, data_dir, path).await?;
-    disk.copy(path, &to).await.map_err(|error| StorageError::io("copy", path, error))?;
+async fn keep_copy<D: Disk>(disk: &D, volumes: &Volumes, path: &Path, done: &mut Rebuilt) -> Result<()> {
+    let (real, to) = lost_and_found(disk, volumes, path).await?;
+    disk.copy(&real, &to).await.map_err(|error| StorageError::io("copy", path, error))?;
     done.moved.push(to);
     Ok(())
 }
 
-async fn set_aside<D: Disk>(disk: &D, data_dir: &Path, path: &Path, done: &mut Rebuilt) -> Result<()> {
-    let to = lost_and_found(disk, data_dir, path).await?;
-    disk.rename(path, &to).await.map_err(|error| StorageError::io("move", path, error))?;
+async fn set_aside<D: Disk>(disk: &D, volumes: &Volumes, path: &Path, done: &mut Rebuilt) -> Result<()> {
+    let (real, to) = lost_and_found(disk, volumes, path).await?;
+    disk.rename(&real, &to).await.map_err(|error| StorageError::io("move", path, error))?;
+    if volumes::link(disk, path).await?.is_some() {
+        disk.remove_file(path).await.map_err(|error| StorageError::io("remove", path, error))?;
+    }
     done.moved.push(to);
     Ok(())
 }

@@ -17,6 +17,7 @@ use crate::manifest;
 use crate::rebuild::Rebuilt;
 use crate::schema::TopicSchema;
 use crate::segment::{self, FooterFacts, Head, TopicFacts};
+use crate::volumes::{self, Volumes};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -148,25 +149,25 @@ async fn create_empty<D: Disk>(
     let head = Head { segment: 0, segment_id: SegmentId::random(), epoch: 0, facts };
     // One that is there was left by a crash between this and the commit of its record.
     disk.remove_file(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
-    let (_, end_offset) = create_segment(disk, data_dir, &dir, &path, &head, counters).await?;
+    let (_, end_offset) = create_segment(disk, (data_dir, data_dir, &dir), &path, &head, counters).await?;
     Ok(SegmentRecord { no: 0, id: head.segment_id, epoch: 0, end_offset, sealed_length: None })
 }
 
 /// Makes a segment file with its head; file, folder and new parents are durable on return. Returns the
-/// file and where its first chunk goes.
+/// file and where its first chunk goes. `home` is the volume's root that a new folder goes to.
 ///
 /// # Errors
 /// When one of them cannot be made, or the file exists.
 pub async fn create_segment<D: Disk>(
     disk: &D,
-    data_dir: &Path,
-    dir: &Path,
+    (data_dir, home, dir): (&Path, &Path, &Path),
     path: &Path,
     head: &Head,
     counters: &IoCounters,
 ) -> Result<(D::File, u64)> {
     let head = head.encode()?;
-    make_dirs(disk, data_dir, dir).await.map_err(|error| StorageError::io("make folder", dir, error))?;
+    let made = volumes::make_topic_dir(disk, data_dir, home, dir).await;
+    made.map_err(|error| StorageError::io("make folder", dir, error))?;
     let file = disk.create(path).await.map_err(|error| StorageError::io("create", path, error))?;
     let first_chunk = write_padded(disk, &file, path, 0, &head).await?;
     disk.sync(&file).await.map_err(|error| StorageError::io("sync", path, error))?;
@@ -218,10 +219,16 @@ pub async fn link_browse<D: Disk>(
         let target = browse_dir(data_dir, &topic.locator);
         make_dirs(disk, data_dir, &target).await.map_err(|error| StorageError::io("make folder", &target, error))?;
         let source = segment::topic_dir(data_dir, topic.sequence, topic.id);
+        // A file on another volume can have no second name here.
+        let elsewhere = volumes::link(disk, &source).await?;
         for segment in look.segments(topic.no)? {
             let name = segment::file_name(segment.no);
             let to = target.join(&name);
-            disk.link(&source.join(&name), &to).await.map_err(|error| StorageError::io("link", &to, error))?;
+            let linked = match &elsewhere {
+                None => disk.link(&source.join(&name), &to).await,
+                Some(elsewhere) => disk.symlink(&elsewhere.join(&name), &to).await,
+            };
+            linked.map_err(|error| StorageError::io("link", &to, error))?;
         }
         disk.sync_dir(&target).await.map_err(|error| StorageError::io("sync folder", &target, error))?;
     }
@@ -239,8 +246,12 @@ pub fn browse_dir(data_dir: &Path, locator: &str) -> PathBuf {
 ///
 /// # Errors
 /// When one cannot be removed; the deletion's record then stays, and the next start tries again.
-pub async fn remove_folders<D: Disk>(disk: &D, data_dir: &Path, folders: &[String]) -> Result<()> {
+pub async fn remove_folders<D: Disk>(disk: &D, volumes: &Volumes, folders: &[String]) -> Result<()> {
+    let data_dir = volumes.data_dir();
     for folder in folders {
+        if folder.starts_with("sequences/") {
+            volumes::remove_behind(disk, volumes, folder).await?;
+        }
         let (path, only_files) = match folder.strip_suffix("/*") {
             Some(folder) => (data_dir.join(folder), true),
             None => (data_dir.join(folder), false),
@@ -296,24 +307,29 @@ pub async fn remove_uncommitted<D: Disk>(disk: &D, files: Vec<PathBuf>, records:
     Ok(bytes)
 }
 
-/// Folders under `sequences/` that no record owns, to be removed: sequences, and the topics of a sequence.
+/// Folders under `sequences/` that no record owns, to be removed: sequences, and the topics of a sequence. On the
+/// other volumes also those that no link names.
 ///
 /// # Errors
 /// When a folder cannot be listed or the catalog cannot be read.
 pub async fn orphans<D: Disk>(
     disk: &D,
     look: &impl Look,
-    data_dir: &Path,
+    volumes: &Volumes,
     unsettled: &[SequenceRecord],
 ) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in list(disk, &data_dir.join("sequences")).await? {
-        let id = entry.path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-        let known = match id {
+    let data_dir = volumes.data_dir();
+    let is_known = |path: &Path| {
+        let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+        Ok(match id {
             Some(id) => look.sequence(SequenceId(id))?.is_some(),
             None => false,
-        };
-        if !known {
+        })
+    };
+    let ids: Vec<SequenceId> = unsettled.iter().map(|sequence| sequence.id).collect();
+    let mut found = volumes::strays(disk, volumes, is_known, &ids).await?;
+    for entry in list(disk, &data_dir.join("sequences")).await? {
+        if !is_known(&entry.path)? {
             found.push(entry.path);
         }
     }
@@ -325,7 +341,11 @@ pub async fn orphans<D: Disk>(
             .map(|topic| segment::topic_dir(data_dir, topic.sequence, topic.id))
             .collect();
         owned.insert(manifest::path(data_dir, sequence.id));
-        found.extend(list(disk, &dir).await?.into_iter().map(|entry| entry.path).filter(|path| !owned.contains(path)));
+        for entry in list(disk, &dir).await?.into_iter().filter(|entry| !owned.contains(&entry.path)) {
+            // What it points to goes first: afterwards nothing would name it.
+            found.extend(volumes::link(disk, &entry.path).await?);
+            found.push(entry.path);
+        }
     }
     Ok(found)
 }

@@ -9,7 +9,8 @@
 //!   512-byte sectors are there and the others are not; so for the file's length. A sync makes durable
 //!   what was complete when it was asked for. Names (files and folders, at every level) that no later
 //!   sync of their folder made durable are there or not, each by itself; what lies in a lost folder is lost.
-//! - Removals, links, renames and whole small files are durable at once and never half done (removals and
+//! - Symbolic links are names like others. Hard links and renames from one file system to another are refused.
+//! - Removals, hard links, renames and whole small files are durable at once and never half done (removals and
 //!   links are done again after a crash by what asked for them, the others are synced on the real disk).
 //!
 //! - Only where a test plants it: syncs that say yes and do nothing; writes that land a block beside their
@@ -96,7 +97,11 @@ struct World {
     /// Names of files.
     names: BTreeMap<PathBuf, usize>,
     folders: BTreeSet<PathBuf>,
-    /// Names, of both, that a crash may take.
+    /// Symbolic links.
+    links: BTreeMap<PathBuf, PathBuf>,
+    /// Roots of the file systems beside the first.
+    mounts: BTreeSet<PathBuf>,
+    /// Names, of all kinds, that a crash may take.
     unsynced_names: BTreeSet<PathBuf>,
     operations: u64,
     crash_at: u64,
@@ -105,6 +110,34 @@ struct World {
     /// Buffers that may still be made, and those that came back.
     buffers: usize,
     pool: Vec<Vec<u8>>,
+}
+
+impl World {
+    /// A path without links; of the last name only if `follow`.
+    fn resolve(&self, path: &Path, follow: bool) -> PathBuf {
+        let above = path.ancestors().skip(usize::from(!follow));
+        for at in above {
+            if let (Some(target), Ok(rest)) = (self.links.get(at), path.strip_prefix(at)) {
+                return if rest.as_os_str().is_empty() { target.clone() } else { target.join(rest) };
+            }
+        }
+        path.to_owned()
+    }
+
+    /// The file that a path names.
+    fn file(&self, path: &Path) -> Option<usize> {
+        self.names.get(&self.resolve(path, true)).copied()
+    }
+
+    fn is_taken(&self, name: &Path) -> bool {
+        self.names.contains_key(name) || self.folders.contains(name) || self.links.contains_key(name)
+    }
+
+    /// Refuses what only works within one file system.
+    fn within_one(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let of = |path: &Path| self.mounts.iter().rfind(|root| path.starts_with(root));
+        if of(from) == of(to) { Ok(()) } else { Err(io::ErrorKind::CrossesDevices.into()) }
+    }
 }
 
 /// The disk; clones are the same one.
@@ -164,6 +197,11 @@ impl SimDisk {
         }
     }
 
+    /// Makes a folder the root of another file system.
+    pub fn mount(&self, root: &Path) {
+        self.world.borrow_mut().mounts.insert(root.to_owned());
+    }
+
     /// Resolves when it has crashed.
     pub async fn crashed(&self) {
         while !self.world.borrow().crashed {
@@ -185,6 +223,8 @@ impl SimDisk {
         let lost: Vec<&PathBuf> = old.unsynced_names.iter().filter(|_| random.below(2) == 0).collect();
         let is_lost = |path: &Path| lost.iter().any(|lost| path.starts_with(lost));
         world.folders = old.folders.iter().filter(|path| !is_lost(path)).cloned().collect();
+        world.links = old.links.iter().filter(|(p, _)| !is_lost(p)).map(|(p, t)| (p.clone(), t.clone())).collect();
+        world.mounts = old.mounts.clone();
         world.names = old.names.iter().filter(|(path, _)| !is_lost(path)).map(|(p, f)| (p.clone(), *f)).collect();
         world.files = old.files.iter().map(|file| file.after_crash(&mut random)).collect();
         Self {
@@ -211,7 +251,9 @@ impl SimDisk {
     /// Names and contents, to compare two moments with.
     pub fn contents(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let world = self.world.borrow();
-        world.names.iter().map(|(path, file)| (path.clone(), world.files[*file].seen.clone())).collect()
+        let files = world.names.iter().map(|(path, file)| (path.clone(), world.files[*file].seen.clone()));
+        let target = |target: &PathBuf| target.as_os_str().as_encoded_bytes().to_vec();
+        files.chain(world.links.iter().map(|(path, to)| (path.clone(), target(to)))).collect()
     }
 
     /// Counts an operation and lets others run before it; never returns once the disk has crashed.
@@ -343,7 +385,8 @@ impl Disk for SimDisk {
         self.step().await;
         self.room()?;
         let mut world = self.world.borrow_mut();
-        if world.names.contains_key(path) {
+        let path = world.resolve(path, true);
+        if world.is_taken(&path) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         if path.parent().is_some_and(|parent| !world.folders.contains(parent)) {
@@ -351,14 +394,14 @@ impl Disk for SimDisk {
         }
         let file = world.files.len();
         world.files.push(SimFile::default());
-        world.names.insert(path.to_owned(), file);
-        world.unsynced_names.insert(path.to_owned());
+        world.names.insert(path.clone(), file);
+        world.unsynced_names.insert(path);
         Ok(SimHandle(file))
     }
 
     async fn open(&self, path: &Path) -> io::Result<SimHandle> {
         self.step().await;
-        let found = self.world.borrow().names.get(path).copied();
+        let found = self.world.borrow().file(path);
         found.map(SimHandle).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
@@ -477,9 +520,13 @@ impl Disk for SimDisk {
         self.step().await;
         self.room()?;
         let mut world = self.world.borrow_mut();
-        if world.folders.insert(path.to_owned()) {
-            world.unsynced_names.insert(path.to_owned());
+        let path = world.resolve(path, false);
+        if world.is_taken(&path) {
+            return Ok(());
         }
+        // The roots are made without what lies above them.
+        world.folders.insert(path.clone());
+        world.unsynced_names.insert(path);
         Ok(())
     }
 
@@ -489,6 +536,8 @@ impl Disk for SimDisk {
             return Err(io::Error::other("simulated sync error"));
         }
         let mut world = self.world.borrow_mut();
+        let path = world.resolve(path, true);
+        let path = path.as_path();
         if !world.faults.folder_syncs_lie {
             world.unsynced_names.retain(|name| name.parent() != Some(path));
         }
@@ -498,18 +547,44 @@ impl Disk for SimDisk {
     async fn link(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.step().await;
         let mut world = self.world.borrow_mut();
-        let file = world.names.get(from).copied().ok_or(io::ErrorKind::NotFound)?;
-        world.names.entry(to.to_owned()).or_insert(file);
+        let (from, to) = (world.resolve(from, true), world.resolve(to, false));
+        world.within_one(&from, &to)?;
+        let file = world.names.get(&from).copied().ok_or(io::ErrorKind::NotFound)?;
+        world.names.entry(to).or_insert(file);
         Ok(())
+    }
+
+    async fn symlink(&self, target: &Path, at: &Path) -> io::Result<()> {
+        self.step().await;
+        self.room()?;
+        let mut world = self.world.borrow_mut();
+        let at = world.resolve(at, false);
+        if world.is_taken(&at) {
+            return Ok(());
+        }
+        if at.parent().is_some_and(|parent| !world.folders.contains(parent)) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        world.links.insert(at.clone(), target.to_owned());
+        world.unsynced_names.insert(at);
+        Ok(())
+    }
+
+    async fn read_link(&self, path: &Path) -> io::Result<Option<PathBuf>> {
+        let world = self.world.borrow();
+        Ok(world.links.get(&world.resolve(path, false)).cloned())
     }
 
     async fn remove_dir(&self, path: &Path) -> io::Result<()> {
         self.step().await;
         let mut world = self.world.borrow_mut();
+        let path = world.resolve(path, false);
+        let path = path.as_path();
         if world.names.contains_key(path) {
             return Err(io::ErrorKind::NotADirectory.into());
         }
         world.names.retain(|name, _| !name.starts_with(path));
+        world.links.retain(|name, _| !name.starts_with(path));
         world.folders.retain(|name| !name.starts_with(path));
         world.unsynced_names.retain(|name| !name.starts_with(path));
         Ok(())
@@ -518,10 +593,16 @@ impl Disk for SimDisk {
     async fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
         self.step().await;
         let world = self.world.borrow();
-        let inside = |name: &&PathBuf| name.parent() == Some(path);
-        let folders = world.folders.iter().filter(inside).map(|path| Entry { path: path.clone(), is_dir: true });
-        let files = world.names.keys().filter(inside).map(|path| Entry { path: path.clone(), is_dir: false });
-        let mut all: Vec<Entry> = folders.chain(files).collect();
+        let real = world.resolve(path, true);
+        let inside = |name: &&PathBuf| name.parent() == Some(&real);
+        let folders = world.folders.iter().filter(inside).map(|name| (name, true, false));
+        let files = world.names.keys().filter(inside).map(|name| (name, false, false));
+        let leads = |name: &PathBuf| world.folders.contains(&world.resolve(name, true));
+        let links = world.links.keys().filter(inside).map(|name| (name, leads(name), true));
+        // By the path that was asked for, as a file system tells them.
+        let named = |name: &Path| name.file_name().map_or_else(|| path.to_owned(), |name| path.join(name));
+        let entry = |(name, is_dir, is_link): (&PathBuf, bool, bool)| Entry { path: named(name), is_dir, is_link };
+        let mut all: Vec<Entry> = folders.chain(files).chain(links).map(entry).collect();
         all.sort();
         Ok(all)
     }
@@ -529,8 +610,8 @@ impl Disk for SimDisk {
     async fn length(&self, path: &Path) -> io::Result<u64> {
         self.step().await;
         let world = self.world.borrow();
-        let file = world.names.get(path).ok_or(io::ErrorKind::NotFound)?;
-        Ok(world.files[*file].seen.len() as u64)
+        let file = world.file(path).ok_or(io::ErrorKind::NotFound)?;
+        Ok(world.files[file].seen.len() as u64)
     }
 
     async fn data_end(&self, path: &Path, from: u64) -> io::Result<u64> {
@@ -540,15 +621,17 @@ impl Disk for SimDisk {
     async fn remove_file(&self, path: &Path) -> io::Result<()> {
         self.step().await;
         let mut world = self.world.borrow_mut();
-        world.names.remove(path);
-        world.unsynced_names.remove(path);
+        let path = world.resolve(path, false);
+        world.names.remove(&path);
+        world.links.remove(&path);
+        world.unsynced_names.remove(&path);
         Ok(())
     }
 
     async fn read_small(&self, path: &Path) -> io::Result<Option<Vec<u8>>> {
         self.step().await;
         let world = self.world.borrow();
-        Ok(world.names.get(path).map(|file| world.files[*file].seen.clone()))
+        Ok(world.file(path).map(|file| world.files[file].seen.clone()))
     }
 
     async fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -558,8 +641,9 @@ impl Disk for SimDisk {
         let file = SimFile { seen: bytes.to_vec(), durable: bytes.to_vec(), ..SimFile::default() };
         let at = world.files.len();
         world.files.push(file);
-        world.names.insert(path.to_owned(), at);
-        world.unsynced_names.remove(path);
+        let path = world.resolve(path, true);
+        world.unsynced_names.remove(&path);
+        world.names.insert(path, at);
         Ok(())
     }
 
@@ -567,18 +651,27 @@ impl Disk for SimDisk {
         self.step().await;
         self.room()?;
         let mut world = self.world.borrow_mut();
-        let from = world.names.get(from).copied().ok_or(io::ErrorKind::NotFound)?;
+        let (from, to) = (world.file(from).ok_or(io::ErrorKind::NotFound)?, world.resolve(to, true));
         let seen = world.files[from].seen.clone();
         let at = world.files.len();
         world.files.push(SimFile { durable: seen.clone(), seen, ..SimFile::default() });
-        world.names.insert(to.to_owned(), at);
+        world.names.insert(to, at);
         Ok(())
     }
 
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.step().await;
         let mut world = self.world.borrow_mut();
-        let moved = |name: &Path| name.strip_prefix(from).ok().map(|rest| to.join(rest));
+        let (from, to) = (world.resolve(from, false), world.resolve(to, false));
+        world.within_one(&from, &to)?;
+        let moved = |name: &Path| {
+            let rest = name.strip_prefix(&from).ok()?;
+            Some(if rest.as_os_str().is_empty() { to.clone() } else { to.join(rest) })
+        };
+        world.links = std::mem::take(&mut world.links)
+            .into_iter()
+            .map(|(name, target)| (moved(&name).unwrap_or(name), target))
+            .collect();
         world.names = std::mem::take(&mut world.names)
             .into_iter()
             .map(|(name, file)| (moved(&name).unwrap_or(name), file))

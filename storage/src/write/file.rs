@@ -38,6 +38,8 @@ impl<F> Drop for SegmentFile<F> {
 /// What a segment file is made of.
 pub(super) struct Plan {
     pub(super) data_dir: PathBuf,
+    /// Root of the volume that the topic's folder goes to.
+    pub(super) home: PathBuf,
     /// Folder of the topic.
     pub(super) dir: PathBuf,
     pub(super) no: u32,
@@ -52,10 +54,10 @@ impl Plan {
     /// # Errors
     /// When it cannot be made, or is there already.
     pub(super) async fn make<D: Disk>(self, disk: &D) -> Result<SegmentFile<D::File>> {
-        let Self { data_dir, dir, no, facts, counters, prealloc } = self;
+        let Self { data_dir, home, dir, no, facts, counters, prealloc } = self;
         let path = dir.join(segment::file_name(no));
         let head = Head { segment: no, segment_id: SegmentId::random(), epoch: 0, facts: (*facts).clone() };
-        let (file, first_chunk) = create_segment(disk, &data_dir, &dir, &path, &head, &counters).await?;
+        let (file, first_chunk) = create_segment(disk, (&data_dir, &home, &dir), &path, &head, &counters).await?;
         Ok(SegmentFile {
             file,
             path,

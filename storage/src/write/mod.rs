@@ -18,6 +18,7 @@ use crate::error::{Result, StorageError};
 use crate::ids::{TopicId, TopicNo};
 use crate::schema::TopicSchema;
 use crate::segment::{self, TopicFacts, Trailer};
+use crate::volumes::Volumes;
 use arrow::array::RecordBatch;
 use std::cell::Cell;
 use std::io;
@@ -39,8 +40,8 @@ use sink::{Sink, encode};
 /// What all segment writers of a thread share.
 #[derive(Debug, Clone)]
 pub struct Shared {
-    /// Root of the recordings.
-    pub data_dir: PathBuf,
+    /// Where recordings lie.
+    pub volumes: Arc<Volumes>,
     /// Size at which a segment is full.
     pub segment_bytes: u64,
     /// Whether chunks get statistics; only measurements go without.
@@ -82,6 +83,8 @@ impl ChunkRows {
 #[derive(Debug)]
 pub struct SegmentWriter<D: Disk> {
     dir: PathBuf,
+    /// Root of the volume that its folder goes to, unless it is there already.
+    home: PathBuf,
     facts: Arc<TopicFacts>,
     /// When the upload began, see [`Trailer::upload`].
     upload: i64,
@@ -136,7 +139,8 @@ impl<D: Disk> SegmentWriter<D> {
     /// A topic that has no segment yet.
     pub fn new(shared: &Shared, facts: Arc<TopicFacts>, upload: i64) -> Self {
         Self {
-            dir: segment::topic_dir(&shared.data_dir, facts.topic.sequence, facts.topic.id),
+            dir: segment::topic_dir(shared.volumes.data_dir(), facts.topic.sequence, facts.topic.id),
+            home: shared.volumes.home(facts.topic.no).to_owned(),
             facts,
             upload,
             current: None,
@@ -272,7 +276,8 @@ impl<D: Disk> SegmentWriter<D> {
         // Taken even if making it fails: a half-made file must not be met again.
         self.next_no += 1;
         Plan {
-            data_dir: shared.data_dir.clone(),
+            data_dir: shared.volumes.data_dir().to_owned(),
+            home: self.home.clone(),
             dir: self.dir.clone(),
             no,
             facts: Arc::clone(&self.facts),

@@ -150,7 +150,7 @@ impl Upload {
         ]));
         let schema = TopicSchema::check(wire).expect("a schema");
         let shared = Shared {
-            data_dir: PathBuf::from("/nowhere"),
+            volumes: Arc::new(Volumes::only(PathBuf::from("/nowhere"))),
             segment_bytes,
             index: true,
             prealloc: Arc::new(PreallocBudget::new(prealloc_bytes)),

@@ -1,0 +1,332 @@
+//! The file systems that topics are spread over. The data folder has all names: the folder of a topic whose files
+//! lie on another volume is a symbolic link there, so that whoever reads, checks, seals or counts files need not
+//! know of volumes. On its volume it lies at the same path below the volume's root.
+//!
+//! Guarantees: a topic's link is durable before a file behind it takes a chunk (INV-1), and goes after the files
+//! behind it (INV-4); nothing is made, forgotten or called damaged on a volume that is not there.
+//! Knows no settings: which volumes there are, and whether each is there, is found out at start (`src/volumes.rs`).
+
+use crate::disk::{Disk, make_dirs};
+use crate::error::{Result, StorageError};
+use crate::files::Entry;
+use crate::ids::{SequenceId, TopicId, TopicNo};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What a volume is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// New topics are put there.
+    Takes,
+    /// It keeps what it has: settings no longer name it, or never did.
+    Keeps,
+    /// It is not there: not mounted, or taken out.
+    Away,
+}
+
+impl Role {
+    /// The name in `info`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Takes => "takes topics",
+            Self::Keeps => "keeps what it has",
+            Self::Away => "not there",
+        }
+    }
+}
+
+/// One file system, or one folder of it.
+#[derive(Debug)]
+pub struct Volume {
+    /// Its folder.
+    pub root: PathBuf,
+    /// What it is for.
+    pub role: Role,
+    /// Set while it has too little room for new topics.
+    short: AtomicBool,
+}
+
+impl Volume {
+    /// One with enough room.
+    pub fn new(root: PathBuf, role: Role) -> Self {
+        Self { root, role, short: AtomicBool::new(false) }
+    }
+
+    /// Notes whether it has room for new topics.
+    pub fn set_short(&self, short: bool) {
+        self.short.store(short, Ordering::Relaxed);
+    }
+}
+
+/// All of them; the first is the data folder.
+#[derive(Debug)]
+pub struct Volumes {
+    list: Vec<Volume>,
+}
+
+impl Volumes {
+    /// The data folder alone.
+    pub fn only(data_dir: PathBuf) -> Self {
+        Self { list: vec![Volume::new(data_dir, Role::Takes)] }
+    }
+
+    /// The data folder and others.
+    pub fn new(data_dir: Volume, others: Vec<Volume>) -> Self {
+        let mut list = vec![data_dir];
+        list.extend(others);
+        Self { list }
+    }
+
+    /// The folder that has all names.
+    pub fn data_dir(&self) -> &Path {
+        self.list.first().map_or(Path::new(""), |volume| &volume.root)
+    }
+
+    /// All, the data folder first.
+    pub fn all(&self) -> &[Volume] {
+        &self.list
+    }
+
+    /// Those beside the data folder that are there.
+    pub fn others(&self) -> impl Iterator<Item = &Volume> {
+        self.list.iter().skip(1).filter(|volume| volume.role != Role::Away)
+    }
+
+    /// Where the files of a new topic go.
+    pub fn home(&self, topic: TopicNo) -> &Path {
+        let taking: Vec<&Volume> = self.list.iter().filter(|volume| volume.role == Role::Takes).collect();
+        let room: Vec<bool> = taking.iter().map(|volume| !volume.short.load(Ordering::Relaxed)).collect();
+        choose(topic, &room).and_then(|index| taking.get(index)).map_or_else(|| self.data_dir(), |volume| &volume.root)
+    }
+
+    /// The number of the volume that has, or will have, a topic's files.
+    pub fn index_of(&self, sequence: SequenceId, topic: TopicId, no: TopicNo) -> usize {
+        let dir = crate::segment::topic_dir(self.data_dir(), sequence, topic);
+        match std::fs::read_link(&dir) {
+            Ok(target) => self.position(&target),
+            Err(_) if dir.is_dir() => 0,
+            Err(_) => self.position(self.home(no)),
+        }
+    }
+
+    fn position(&self, path: &Path) -> usize {
+        self.list.iter().rposition(|volume| path.starts_with(&volume.root)).unwrap_or(0)
+    }
+
+    /// The volume on which a path without links lies.
+    fn of(&self, real: &Path) -> Option<&Volume> {
+        self.list.iter().rfind(|volume| real.starts_with(&volume.root))
+    }
+}
+
+/// The volume of a new topic among those that take topics: in turn, those with room before the others. Pure.
+fn choose(topic: TopicNo, room: &[bool]) -> Option<usize> {
+    let count = room.len();
+    let first = usize::try_from(topic.0.checked_rem(count as u64)?).ok()?;
+    (0..count).map(|step| (first + step) % count).find(|index| room[*index]).or(Some(first))
+}
+
+/// Makes a topic's folder on its volume, and its name in the data folder, durably.
+///
+/// # Errors
+/// When one of them cannot be made, or the topic's files lie on a volume that is not there.
+pub async fn make_topic_dir<D: Disk>(disk: &D, data_dir: &Path, home: &Path, dir: &Path) -> io::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let (Ok(inside), Some(parent)) = (dir.strip_prefix(data_dir), dir.parent()) else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a folder of a topic"));
+    };
+    let real = home.join(inside);
+    match disk.read_link(dir).await? {
+        Some(target) if target != real => {
+            let text = format!("its files lie in {}, which is not there: is its volume mounted?", target.display());
+            return Err(io::Error::new(io::ErrorKind::NotFound, text));
+        }
+        _ => {}
+    }
+    make_dirs(disk, home, &real).await?;
+    if home == data_dir {
+        return Ok(());
+    }
+    make_dirs(disk, data_dir, parent).await?;
+    disk.symlink(&real, dir).await?;
+    disk.sync_dir(parent).await
+}
+
+/// Removes a folder below `sequences/` on every volume beside the data folder, where only links to it are left.
+///
+/// # Errors
+/// When one cannot be removed, or lies on a volume that is not there: the deletion waits for it.
+pub async fn remove_behind<D: Disk>(disk: &D, volumes: &Volumes, folder: &str) -> Result<()> {
+    if volumes.all().len() == 1 {
+        return Ok(());
+    }
+    let path = volumes.data_dir().join(folder);
+    for target in links(disk, &path).await? {
+        if let Some(away) = volumes.of(&target).filter(|volume| volume.role == Role::Away) {
+            let root = away.root.display();
+            return Err(StorageError::Directory(format!(
+                "{root} is not there: what it has of {folder} goes at the next start with it"
+            )));
+        }
+    }
+    for volume in volumes.others() {
+        let real = volume.root.join(folder);
+        disk.remove_dir(&real).await.map_err(|error| StorageError::io("remove", &real, error))?;
+        let Some(parent) = real.parent() else { continue };
+        match disk.sync_dir(parent).await {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(StorageError::io("sync folder", parent, error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Where a folder of the data folder points, and the links in it.
+async fn links<D: Disk>(disk: &D, path: &Path) -> Result<Vec<PathBuf>> {
+    if let Some(target) = link(disk, path).await? {
+        return Ok(vec![target]);
+    }
+    let mut targets = Vec::new();
+    for entry in list(disk, path).await?.into_iter().filter(|entry| entry.is_link) {
+        targets.extend(link(disk, &entry.path).await?);
+    }
+    Ok(targets)
+}
+
+/// Folders on the volumes that no record owns or no link names: of sequences that are not known, and topics of those
+/// that are not at rest. `sequence_is_known` says the first, `unsettled` names the others.
+///
+/// # Errors
+/// When a folder cannot be listed or the catalog cannot be read.
+pub async fn strays<D: Disk>(
+    disk: &D,
+    volumes: &Volumes,
+    mut sequence_is_known: impl FnMut(&Path) -> Result<bool>,
+    unsettled: &[SequenceId],
+) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for volume in volumes.others() {
+        for entry in list(disk, &volume.root.join("sequences")).await? {
+            if !sequence_is_known(&entry.path)? {
+                found.push(entry.path);
+            }
+        }
+        for sequence in unsettled {
+            for entry in list(disk, &crate::segment::sequence_dir(&volume.root, *sequence)).await? {
+                let Ok(inside) = entry.path.strip_prefix(&volume.root) else { continue };
+                let named = link(disk, &volumes.data_dir().join(inside)).await?;
+                if named.as_ref() != Some(&entry.path) {
+                    found.push(entry.path);
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Gives every topic's folder on the volumes its name in the data folder again, where that has none or one that leads
+/// nowhere; returns how many.
+///
+/// # Errors
+/// When a folder cannot be listed or a link cannot be made.
+pub async fn relink<D: Disk>(disk: &D, volumes: &Volumes) -> Result<u64> {
+    let mut made = 0;
+    for volume in volumes.others() {
+        for sequence in list(disk, &volume.root.join("sequences")).await? {
+            let Some(name) = parsed_name::<SequenceId>(&sequence.path, SequenceId) else { continue };
+            let dir = crate::segment::sequence_dir(volumes.data_dir(), name);
+            let known = list(disk, &dir).await?;
+            for topic in list(disk, &sequence.path).await? {
+                let Some(id) = parsed_name(&topic.path, TopicId).filter(|_| topic.is_dir) else { continue };
+                let at = dir.join(id.to_string());
+                let named = known.iter().find(|entry| entry.path == at);
+                if named.is_some_and(|entry| entry.is_dir) {
+                    continue;
+                }
+                let linked = async {
+                    if named.is_some_and(|entry| entry.is_link) {
+                        disk.remove_file(&at).await?;
+                    }
+                    make_dirs(disk, volumes.data_dir(), &dir).await?;
+                    disk.symlink(&topic.path, &at).await?;
+                    disk.sync_dir(&dir).await
+                };
+                linked.await.map_err(|error| StorageError::io("link", &at, error))?;
+                made += 1;
+            }
+        }
+    }
+    Ok(made)
+}
+
+/// A path of the data folder without links: a topic's folder, or what is in it.
+pub(crate) async fn real<D: Disk>(disk: &D, path: &Path) -> Result<PathBuf> {
+    if let Some(target) = link(disk, path).await? {
+        return Ok(target);
+    }
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(path.to_owned()) };
+    Ok(link(disk, parent).await?.map_or_else(|| path.to_owned(), |target| target.join(name)))
+}
+
+/// Where on its own volume a file or folder is kept that is of no use where it lies.
+pub(crate) fn lost_and_found(volumes: &Volumes, real: &Path) -> (PathBuf, PathBuf) {
+    let root = volumes.of(real).map_or_else(|| volumes.data_dir(), |volume| &volume.root);
+    (root.to_owned(), root.join("lost+found").join(real.strip_prefix(root).unwrap_or(real)))
+}
+
+/// Where a link points; `None` for what is none, or is not there.
+pub(crate) async fn link<D: Disk>(disk: &D, path: &Path) -> Result<Option<PathBuf>> {
+    disk.read_link(path).await.map_err(|error| StorageError::io("read link", path, error))
+}
+
+fn parsed_name<T>(path: &Path, id: impl Fn(uuid::Uuid) -> T) -> Option<T> {
+    path.file_name()?.to_str()?.parse().ok().map(id)
+}
+
+async fn list<D: Disk>(disk: &D, dir: &Path) -> Result<Vec<Entry>> {
+    disk.list(dir).await.map_err(|error| StorageError::io("list", dir, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(topic: u64, room: &[bool], expected: Option<usize>) {
+        assert_eq!(choose(TopicNo(topic), room), expected);
+    }
+
+    #[test]
+    fn topics_go_to_the_volumes_in_turn_and_past_those_that_are_short_of_room() {
+        check(7, &[], None);
+        check(7, &[true], Some(0));
+        check(6, &[true, true, true], Some(0));
+        check(7, &[true, true, true], Some(1));
+        check(7, &[true, false, true], Some(2));
+        check(8, &[true, true, false], Some(0));
+        check(7, &[false, false], Some(1));
+    }
+
+    #[test]
+    fn a_topic_lies_where_its_link_points_whatever_the_settings_say_now() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let root = |name: &str| folder.path().join(name);
+        let others = vec![Volume::new(root("a"), Role::Keeps), Volume::new(root("b"), Role::Takes)];
+        let volumes = Volumes::new(Volume::new(root("data"), Role::Keeps), others);
+        let (sequence, topic) = (SequenceId::random(), TopicId::random());
+        assert_eq!(volumes.home(TopicNo(1)), root("b"));
+        assert_eq!(volumes.index_of(sequence, topic, TopicNo(1)), 2);
+        let dir = crate::segment::topic_dir(&root("data"), sequence, topic);
+        std::fs::create_dir_all(dir.parent().expect("one")).expect("a folder");
+        std::os::unix::fs::symlink(crate::segment::topic_dir(&root("a"), sequence, topic), &dir).expect("a link");
+        assert_eq!(volumes.index_of(sequence, topic, TopicNo(1)), 1);
+        std::fs::remove_file(&dir).expect("removed");
+        std::fs::create_dir(&dir).expect("a folder");
+        assert_eq!(volumes.index_of(sequence, topic, TopicNo(1)), 0);
+    }
+}
