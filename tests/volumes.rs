@@ -147,7 +147,8 @@ fn inv_9_a_volume_that_is_not_there_keeps_the_others_recording_and_is_served_aga
         record(&mut client, "meanwhile").await;
         check_all_whole(&mut client, "meanwhile").await;
         assert_eq!(topics_on(disks.data.path(), "meanwhile", disks.first.path()).len(), 4);
-        let deleted = action(&mut client, "sequence_delete", json!({ "locator": "old" })).await.expect_err("half of it");
+        let deleted =
+            action(&mut client, "sequence_delete", json!({ "locator": "old" })).await.expect_err("half of it");
         assert!(deleted.message().contains("is not there"), "{}", deleted.message());
         assert_eq!(std::fs::read_dir(disks.second.path()).expect("readable").count(), 0, "nothing was written there");
         drop(client);

@@ -10,6 +10,7 @@ mod disk;
 mod files;
 mod flame;
 mod goals;
+mod loops;
 mod memory;
 mod open;
 mod plot;
@@ -22,6 +23,7 @@ mod scale;
 mod server;
 mod startup;
 mod suite;
+mod volumes;
 mod wire;
 
 use clap::Parser;

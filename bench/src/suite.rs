@@ -9,7 +9,7 @@ use crate::profile::Profile;
 use crate::samples::Samples;
 use crate::server::{self, Server, action, connect};
 use crate::wire::Connection;
-use crate::{memory, rival, scale};
+use crate::{memory, rival, scale, volumes};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -29,7 +29,7 @@ const COMMIT_INTERVAL_MS: f64 = 50.0;
 const GB: f64 = 1e9;
 
 /// Everything that `all` measures, in order.
-pub(crate) const ALL: [&str; 16] = [
+pub(crate) const ALL: [&str; 17] = [
     "machine",
     "image",
     "image-1",
@@ -44,6 +44,7 @@ pub(crate) const ALL: [&str; 16] = [
     "commits",
     "get",
     "finalize",
+    "volumes",
     "small",
     "compression",
 ];
@@ -130,6 +131,7 @@ impl Suite {
                 self.get(pass, "get-imu", Profile::Imu(20_000), "source-imu")
             }
             "finalize" => self.finalize(pass),
+            "volumes" => self.volumes(pass),
             "compression" => self.compression(pass),
             other => Err(format!("there is no measurement {other:?}; known: all, {}", ALL.join(", ")).into()),
         }
@@ -491,6 +493,23 @@ impl Suite {
             Ok::<_, AnyError>(started.elapsed().as_secs_f64() * 1e3)
         })?;
         self.samples.add(pass, "finalize", "flightbox", "finalize_ms", ms);
+        Ok(())
+    }
+
+    /// Cameras onto one to eight disks that are slower than everything else.
+    fn volumes(&mut self, pass: usize) -> Result<(), AnyError> {
+        if !volumes::is_possible() {
+            eprintln!("volumes: not measured: it takes root and the block layer's control group");
+            return Ok(());
+        }
+        for count in [1, 2, 4, 8] {
+            rest();
+            let outcome = volumes::run(&self.program, &self.scratch, count, &self.runtime)?;
+            let rate = outcome.wire_bytes as f64 / outcome.seconds;
+            let (name, disks) = (count.to_string(), (count as u64 * volumes::DISK_RATE) as f64);
+            self.samples.add(pass, "volumes", &name, "bytes_per_s", rate);
+            self.samples.add(pass, "volumes", &name, "of_the_disks", rate / disks);
+        }
         Ok(())
     }
 

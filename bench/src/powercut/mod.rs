@@ -10,11 +10,12 @@ mod journal;
 mod load;
 mod rig;
 
-pub(crate) use rig::FileSystem;
+pub(crate) use crate::loops::FileSystem;
 
+use crate::loops::{Loop, Mounted};
 use crate::server::Server;
 use journal::{Event, Kind, read_events};
-use rig::{Loop, Mounted, Recorder, Replayer};
+use rig::{Recorder, Replayer};
 use std::error::Error;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
