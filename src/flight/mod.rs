@@ -21,3 +21,4 @@ pub(crate) mod server;
 pub(crate) mod service;
 pub(crate) mod status;
 pub(crate) mod upload;
+mod wire;

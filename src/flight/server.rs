@@ -1,70 +1,19 @@
 //! Listens on TCP and on a Unix-domain socket with the HTTP/2 settings of design.md section 8.
 
-use crate::flight::dialect::Connection;
 use crate::flight::service::{Flight, Shared};
 use crate::flight::upload::{UploadLayer, UploadLimits};
+use crate::flight::wire::Wire;
 use crate::limits;
 use arrow_flight::flight_service_server::FlightServiceServer;
 use futures::{Stream, StreamExt};
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::codec::CompressionEncoding;
 use tonic::transport::Server;
-use tonic::transport::server::Connected;
-
-/// A connection with its history: `connect_info` runs once per connection and is cloned into every
-/// request, whatever the socket is.
-pub(crate) struct Wire<S> {
-    socket: S,
-    connection: Connection,
-}
-
-impl<S> Wire<S> {
-    fn new(socket: S) -> Self {
-        Self { socket, connection: Connection::default() }
-    }
-}
-
-impl<S> Connected for Wire<S> {
-    type ConnectInfo = Connection;
-    fn connect_info(&self) -> Connection {
-        self.connection.clone()
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(cx, buf)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, buf)
-    }
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
-    }
-    fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
-    }
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
-    }
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
-    }
-}
 
 /// Sockets that are bound but not yet served.
 pub(crate) struct Listeners {

@@ -93,6 +93,8 @@ struct Writer<D: Disk> {
     /// What may go to the tail now.
     tail_rate: Cell<TailRate>,
     tail_refilled: Cell<Instant>,
+    /// When all open chunks were looked at last for what is due before the next look.
+    looked: Cell<Option<Instant>>,
     /// Woken by every flush that ends.
     progress: tokio::sync::Notify,
 }
@@ -120,6 +122,7 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         flush_time: Cell::default(),
         tail_rate: Cell::new(tail_rate),
         tail_refilled: Cell::new(Instant::now()),
+        looked: Cell::new(None),
         progress: tokio::sync::Notify::new(),
     });
     let mut stopping: Option<oneshot::Sender<()>> = None;
@@ -242,13 +245,20 @@ impl<D: Disk> Writer<D> {
         self.topics.borrow_mut().insert(topic.record.no, Rc::new(topic));
     }
 
-    /// Looks at every open chunk; returns when to look again. What would be due before that is due now, so that
-    /// hundreds of slow topics share a look, and the commit behind it.
+    /// Looks at every open chunk; returns when to look again. At every look interval, what would be due before the next
+    /// one is due now, so that hundreds of slow topics share a look, and the commit behind it. Between them (large
+    /// batches and ended flushes wake this thread) only what is due, or full.
     fn decide(self: &Rc<Self>) -> Duration {
         let topics: Vec<Rc<Topic<D>>> = self.topics.borrow().values().cloned().collect();
         let giving_way = self.giving_way(&topics);
         let now = Instant::now();
-        let next_look = now + self.look_interval();
+        let interval = self.look_interval();
+        let is_look = self.looked.get().is_none_or(|looked| interval <= now.duration_since(looked));
+        if is_look {
+            self.looked.set(Some(now));
+        }
+        let horizon = if is_look { now + interval } else { now };
+        let until_look = interval.saturating_sub(now.duration_since(self.looked.get().unwrap_or(now)));
         let mut tail = self.tail_rate.get();
         tail.refill(now.duration_since(self.tail_refilled.replace(now)));
         let mut wait = IDLE_WAIT;
@@ -257,8 +267,8 @@ impl<D: Disk> Writer<D> {
                 continue;
             }
             let flush_takes = self.flush_time.get().expected();
-            let seen = topic.look(next_look, flush_takes, giving_way.contains(&topic.record.no), &tail);
-            wait = wait.min(if seen.oldest_unsafe.is_some() { self.look_interval() } else { SAFE_LOOK_INTERVAL });
+            let seen = topic.look(horizon, flush_takes, giving_way.contains(&topic.record.no), &tail);
+            wait = wait.min(if seen.oldest_unsafe.is_some() { until_look } else { SAFE_LOOK_INTERVAL });
             match verdict(&self.context.rule, topic.record.format, &seen) {
                 Verdict::Close(why) => {
                     // A full house: the chunk waits for a flush to end, which wakes this loop.
