@@ -95,6 +95,12 @@ struct Writer<D: Disk> {
     tail_refilled: Cell<Instant>,
     /// When all open chunks were looked at last for what is due before the next look.
     looked: Cell<Option<Instant>>,
+    /// Topics that got batches since; all others are as that look found them.
+    touched: RefCell<Vec<Rc<Topic<D>>>>,
+    /// Topics whose chunk was to close and found as many flushes under way as there may be, the longest waiting first.
+    held_up: RefCell<Vec<Rc<Topic<D>>>>,
+    /// How soon the open chunks want to be looked at, by what is known of them.
+    pace: Cell<Pace>,
     /// Woken by every flush that ends.
     progress: tokio::sync::Notify,
 }
@@ -123,6 +129,9 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         tail_rate: Cell::new(tail_rate),
         tail_refilled: Cell::new(Instant::now()),
         looked: Cell::new(None),
+        touched: RefCell::default(),
+        held_up: RefCell::default(),
+        pace: Cell::new(Pace::Idle),
         progress: tokio::sync::Notify::new(),
     });
     let mut stopping: Option<oneshot::Sender<()>> = None;
@@ -171,6 +180,17 @@ const SAFE_LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// The wait of a writer that has nothing open.
 const IDLE_WAIT: Duration = Duration::from_secs(3600);
 
+/// How soon the open chunks want to be looked at, the soonest last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Pace {
+    /// Nothing is open.
+    Idle,
+    /// Their age is waited for.
+    Safe,
+    /// Something waits to become durable.
+    Unsafe,
+}
+
 impl<D: Disk> Writer<D> {
     /// Acts on a message; says whether a chunk is full and may go.
     fn take(self: &Rc<Self>, message: Message) -> bool {
@@ -184,8 +204,9 @@ impl<D: Disk> Writer<D> {
                     self.context.stats.record(Station::Lane, batch.sent.elapsed());
                     if topic.failed.borrow().is_none() {
                         topic.gather(*batch);
-                        return self.context.rule.chunk_bytes <= topic.open.borrow().data_bytes
-                            && self.flushes.get() < limits::FLUSHES_IN_FLIGHT_MAX;
+                        let full = self.context.rule.chunk_bytes <= topic.open.borrow().data_bytes && self.has_place();
+                        self.touched.borrow_mut().push(topic);
+                        return full;
                     }
                 }
             }
@@ -242,15 +263,15 @@ impl<D: Disk> Writer<D> {
         }
         let place = SegmentWriter::new(&self.shared, facts, crate::when::now_ns()).starting_at(start.segment);
         let topic = Topic::new(record, schema, encoder, watermark, place, start);
-        self.topics.borrow_mut().insert(topic.record.no, Rc::new(topic));
+        let topic = Rc::new(topic);
+        self.touched.borrow_mut().push(Rc::clone(&topic));
+        self.topics.borrow_mut().insert(topic.record.no, topic);
     }
 
     /// Looks at every open chunk; returns when to look again. At every look interval, what would be due before the next
     /// one is due now, so that hundreds of slow topics share a look, and the commit behind it. Between them (large
-    /// batches and ended flushes wake this thread) only what is due, or full.
+    /// batches and ended flushes wake this thread) only what got batches, and is due or full.
     fn decide(self: &Rc<Self>) -> Duration {
-        let topics: Vec<Rc<Topic<D>>> = self.topics.borrow().values().cloned().collect();
-        let giving_way = self.giving_way(&topics);
         let now = Instant::now();
         let interval = self.look_interval();
         let is_look = self.looked.get().is_none_or(|looked| interval <= now.duration_since(looked));
@@ -258,22 +279,36 @@ impl<D: Disk> Writer<D> {
             self.looked.set(Some(now));
         }
         let horizon = if is_look { now + interval } else { now };
+        let touched = self.touched.take();
+        let of_all = is_look || self.context.budget.is_short();
+        let topics = if of_all {
+            self.held_up.borrow_mut().clear();
+            self.topics.borrow().values().cloned().collect()
+        } else if self.has_place() {
+            let held_up = self.held_up.take();
+            held_up.into_iter().chain(touched).collect()
+        } else {
+            touched
+        };
+        let giving_way = self.giving_way(&topics);
+        let mut pace = if of_all { Pace::Idle } else { self.pace.get() };
         let until_look = interval.saturating_sub(now.duration_since(self.looked.get().unwrap_or(now)));
         let mut tail = self.tail_rate.get();
         tail.refill(now.duration_since(self.tail_refilled.replace(now)));
-        let mut wait = IDLE_WAIT;
         for topic in topics {
             if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() {
                 continue;
             }
             let flush_takes = self.flush_time.get().expected();
             let seen = topic.look(horizon, flush_takes, giving_way.contains(&topic.record.no), &tail);
-            wait = wait.min(if seen.oldest_unsafe.is_some() { until_look } else { SAFE_LOOK_INTERVAL });
+            pace = pace.max(if seen.oldest_unsafe.is_some() { Pace::Unsafe } else { Pace::Safe });
             match verdict(&self.context.rule, topic.record.format, &seen) {
                 Verdict::Close(why) => {
                     // A full house: the chunk waits for a flush to end, which wakes this loop.
-                    if self.flushes.get() < limits::FLUSHES_IN_FLIGHT_MAX || why == Why::Age {
+                    if self.has_place() || why == Why::Age {
                         self.flush(&topic, None);
+                    } else if of_all || !self.held_up.borrow().iter().any(|held_up| Rc::ptr_eq(held_up, &topic)) {
+                        self.held_up.borrow_mut().push(topic);
                     }
                 }
                 // Behind a chunk that is being written the tail would have to wait for it anyway.
@@ -285,7 +320,17 @@ impl<D: Disk> Writer<D> {
             }
         }
         self.tail_rate.set(tail);
-        wait
+        self.pace.set(pace);
+        match pace {
+            Pace::Unsafe => until_look,
+            Pace::Safe => SAFE_LOOK_INTERVAL,
+            Pace::Idle => IDLE_WAIT,
+        }
+    }
+
+    /// Whether another flush may begin.
+    fn has_place(&self) -> bool {
+        self.flushes.get() < limits::FLUSHES_IN_FLIGHT_MAX
     }
 
     /// How soon what waits to become durable is looked at again.
