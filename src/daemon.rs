@@ -110,7 +110,7 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
         .build()?;
     let control =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("fb-control").enable_all().build()?;
-    housekeeping::look_at_space(&config, &volumes, &health, false);
+    housekeeping::look_at_space(&config, &volumes, &health);
     front.block_on(recovery::migrate_before(format, &catalog, &committer))?;
     *made_anew = rebuilt.is_some();
     let told = Receipt { catalog_was: was, rebuilt, ..Receipt::default() };

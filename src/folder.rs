@@ -12,11 +12,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
+use storage::catalog::records::TopicRecord;
 use storage::catalog::{Catalog, salvage};
 use storage::disk::{Disk, DiskState};
 use storage::limits::RING_BUFFERS_PER_SERVICE;
 use storage::rebuild::{self, Rebuilt};
-use storage::volumes::Volumes;
+use storage::volumes::{Role, Volumes};
 use storage::{StorageError, files};
 
 type AnyError = Box<dyn std::error::Error>;
@@ -30,12 +31,23 @@ const CATALOG: &str = "catalog";
 const FRESH_CATALOG: &str = "catalog.new";
 const REBUILD_MARKER: &str = "rebuild-catalog";
 const SYNCED_MARK: &str = "catalog.synced";
+/// Volumes that were not there when the catalog was made from the files.
+const WITHOUT: &str = "catalog.without";
 const ASIDE_PREFIX: &str = "catalog.damaged-";
+/// The file that says whose a volume is.
+pub(crate) const VOLUME_MARK: &str = "flightbox-volume";
 /// Kept free for a full disk, see `housekeeping`.
 pub(crate) const RESERVE: &str = "reserve";
 
 /// Makes the folder, takes its lock, checks its format and returns it.
 pub(crate) fn prepare(dir: &Path) -> Result<(File, u32), AnyError> {
+    if dir.join(VOLUME_MARK).is_file() && !is_data_folder(dir) {
+        let text = format!(
+            "{} is a volume of a recorder, not a data folder; name it in data_dirs of that recorder",
+            dir.display()
+        );
+        return Err(StorageError::Directory(text).into());
+    }
     for folder in [dir.to_owned(), dir.join("sequences"), dir.join("browse")] {
         std::fs::create_dir_all(&folder).map_err(|error| StorageError::io("make folder", &folder, error))?;
     }
@@ -67,6 +79,11 @@ pub(crate) fn lock(file: &File, dir: &Path) -> Result<(), StorageError> {
         std::thread::park_timeout(Duration::from_millis(50));
     }
     Ok(())
+}
+
+/// Whether a recorder has its catalog here.
+pub(crate) fn is_data_folder(dir: &Path) -> bool {
+    dir.join("format-version").is_file() || dir.join(CATALOG).is_dir()
 }
 
 fn check_format(dir: &Path) -> Result<u32, AnyError> {
@@ -134,6 +151,10 @@ pub(crate) fn open_catalog(volumes: &Arc<Volumes>, disk: &DiskState) -> Result<O
     // Without this file RocksDB would begin an empty catalog.
     if std::fs::metadata(path.join("CURRENT")).is_err() && has_recordings(volumes)? {
         return rebuild_catalog(volumes, disk, "it is missing".to_owned(), &mut |_| {});
+    }
+    if let Some(root) = has_come_back(volumes)? {
+        let cause = format!("it was made while {} was not there", root.display());
+        return rebuild_catalog(volumes, disk, cause, &mut |_| {});
     }
     let mut opened = Catalog::open(&path, disk.direct);
     if opened.as_ref().is_err_and(StorageError::is_full_disk) {
@@ -246,7 +267,8 @@ pub(crate) fn rebuild_catalog(
     let catalog = Catalog::open(&fresh, disk.direct)?;
     let mut rebuilt = from_files(volumes, disk, &catalog, progress)?;
     if aside.is_dir() {
-        match salvage::salvage(&aside, &data_dir.join("catalog.salvage"), &catalog, now_ns()) {
+        let is_away = |topic: &TopicRecord| volumes.check_there(topic).is_err();
+        match salvage::salvage(&aside, &data_dir.join("catalog.salvage"), &catalog, now_ns(), &is_away) {
             Ok(found) => rebuilt.missing.extend(found),
             // Room is a matter of time, tails are not: the next start tries again.
             Err(error) if error.is_full_disk() => return Err(error.into()),
@@ -255,6 +277,7 @@ pub(crate) fn rebuild_catalog(
     } else {
         rebuilt.missing.push("the tails of open topics: rows that were in no chunk yet".to_owned());
     }
+    note_absent(volumes)?;
     mark_synced(data_dir, &catalog)?;
     drop(catalog);
     files::rename(&fresh, &path).map_err(|error| StorageError::io("rename", &fresh, error))?;
@@ -306,6 +329,24 @@ impl DiskBody for RebuildBody {
         let result = rebuild::rebuild(&disk, &volumes, &into, now_ns(), &mut progress).await;
         told.send(News::End(result)).ok(); // As above.
     }
+}
+
+/// Notes which volumes were not there when the catalog was made.
+fn note_absent(volumes: &Volumes) -> Result<(), StorageError> {
+    let path = volumes.data_dir().join(WITHOUT);
+    let away = volumes.all().iter().filter(|volume| volume.role == Role::Away);
+    let text: String = away.map(|volume| format!("{}\n", volume.root.display())).collect();
+    let noted = if text.is_empty() { files::remove_file(&path) } else { files::replace(&path, text.as_bytes()) };
+    noted.map_err(|error| StorageError::io("write", &path, error))
+}
+
+/// One of them, if it is there now.
+fn has_come_back(volumes: &Volumes) -> Result<Option<PathBuf>, StorageError> {
+    let path = volumes.data_dir().join(WITHOUT);
+    let bytes = files::read_small(&path).map_err(|error| StorageError::io("read", &path, error))?;
+    let text = String::from_utf8_lossy(bytes.as_deref().unwrap_or(&[])).into_owned();
+    let is_away = |root: &Path| volumes.all().iter().any(|volume| volume.role == Role::Away && volume.root == root);
+    Ok(text.lines().map(PathBuf::from).find(|root| !is_away(root)))
 }
 
 fn has_recordings(volumes: &Volumes) -> Result<bool, StorageError> {

@@ -3,6 +3,7 @@
 //! Guarantees: a catalog that refuses commits and a disk that is full are visible here for as long as they
 //! last, with the cause. Decides nothing but [`space`], which is pure.
 
+use crate::limits;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use storage::StorageError;
@@ -60,6 +61,8 @@ pub(crate) struct Room {
     pub(crate) space: watch::Sender<Space>,
     /// What was seen last: what follows from its own room, and the bytes free.
     seen: Mutex<(Space, Option<u64>)>,
+    /// A write was refused for lack of room since it was looked at.
+    refused: AtomicBool,
 }
 
 impl Room {
@@ -75,6 +78,11 @@ impl Room {
     /// Bytes free when it was looked at last.
     pub(crate) fn free(&self) -> Option<u64> {
         self.seen().1
+    }
+
+    /// Whether a write was refused since this was asked last.
+    pub(crate) fn take_refused(&self) -> bool {
+        self.refused.swap(false, Ordering::Relaxed)
     }
 }
 
@@ -103,7 +111,11 @@ impl Default for Health {
 impl Health {
     /// Of so many volumes, the data folder among them.
     pub(crate) fn of(volumes: usize) -> Self {
-        let room = || Room { space: watch::Sender::new(Space::Enough), seen: Mutex::new((Space::Enough, None)) };
+        let room = || Room {
+            space: watch::Sender::new(Space::Enough),
+            seen: Mutex::new((Space::Enough, None)),
+            refused: AtomicBool::new(false),
+        };
         Self {
             catalog: Mutex::new(None),
             space: watch::Sender::new(Space::Enough),
@@ -122,8 +134,26 @@ impl Health {
     pub(crate) fn catalog_failed(&self, cause: &StorageError) {
         *self.catalog() = Some(cause.to_string());
         if cause.is_full_disk() {
-            self.full.notify_one();
+            self.refused(0);
         }
+    }
+
+    /// A volume has no room for a write.
+    fn refused(&self, volume: usize) {
+        if let Some(room) = self.rooms.get(volume) {
+            room.refused.store(true, Ordering::Relaxed);
+        }
+        self.full.notify_one();
+    }
+
+    /// A volume has no room for a write: waits until its reserve may be used for what was taken already; says whether it
+    /// may.
+    pub(crate) async fn reserve_released(&self, volume: usize) -> bool {
+        self.refused(volume);
+        let Some(room) = self.rooms.get(volume) else { return false };
+        let mut space = room.space.subscribe();
+        let released = space.wait_for(|space| *space == Space::Full);
+        tokio::time::timeout(limits::RESERVE_WAIT, released).await.is_ok()
     }
 
     /// Commits go well again.

@@ -39,13 +39,13 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     let mut idle = HashMap::new();
     loop {
         // Cancel-safety: all of these only wait.
-        let met_full = tokio::select! {
+        tokio::select! {
             _ = stopping.wait_for(|stop| *stop) => break,
-            () = shared.health.full.notified() => true,
-            () = tokio::time::sleep(LOOK_INTERVAL) => false,
-        };
+            () = shared.health.full.notified() => {}
+            () = tokio::time::sleep(LOOK_INTERVAL) => {}
+        }
         let for_look = Arc::clone(&shared);
-        let look = move || look_at_space(&for_look.config, &for_look.volumes, &for_look.health, met_full);
+        let look = move || look_at_space(&for_look.config, &for_look.volumes, &for_look.health);
         if tokio::task::spawn_blocking(look).await.is_err() {
             tracing::error!("looking at the disk panicked");
         }
@@ -62,8 +62,8 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 
 // --- room on the disk ---
 
-/// Looks at the free space of all volumes, acts on what follows, and tells everyone. `met_full`: a write was refused.
-pub(crate) fn look_at_space(config: &Config, volumes: &Volumes, health: &Health, met_full: bool) {
+/// Looks at the free space of all volumes, acts on what follows, and tells everyone.
+pub(crate) fn look_at_space(config: &Config, volumes: &Volumes, health: &Health) {
     let mut found = Vec::new();
     for (index, volume) in volumes.all().iter().enumerate().filter(|(_, volume)| volume.role != Role::Away) {
         match files::free_space(&volume.root) {
@@ -71,10 +71,8 @@ pub(crate) fn look_at_space(config: &Config, volumes: &Volumes, health: &Health,
             Err(error) => tracing::warn!(volume = %volume.root.display(), %error, "free space is unknown"),
         }
     }
-    // Which of them refused is not said: those without room, or the fullest.
-    let least = found.iter().map(|(_, _, free)| *free).min().unwrap_or(0);
     for (index, volume, free) in found {
-        let refused = met_full && (free <= least || free < config.reserve_bytes);
+        let refused = health.rooms.get(index).is_some_and(Room::take_refused);
         look_at_volume(config.reserve_bytes, volume, health, (index, free, refused));
     }
     health.tell_space();

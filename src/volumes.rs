@@ -3,7 +3,7 @@
 //! Guarantees: rows go only to a volume that says it is this recorder's, so never into the empty folder of a disk that
 //! is not mounted, and never to another recorder's; a volume that is not there is told and left alone, and recording
 //! goes on with the others; two recorders never share one. The data folder's file `volumes` remembers them, each
-//! volume's file [`MARK`] says whose it is; both say everything three times, so that a damaged byte is outvoted (INV-9).
+//! volume's file `flightbox-volume` says whose it is; both say everything three times, so that a damaged byte is outvoted (INV-9).
 
 use crate::config::Config;
 use crate::folder;
@@ -11,15 +11,13 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use storage::disk::DiskState;
+use storage::disk::{DiskState, Engine};
 use storage::volumes::{Role, Volume, Volumes, relink};
 use storage::{StorageError, files, posix};
 use uuid::Uuid;
 
 type AnyError = Box<dyn std::error::Error>;
 
-/// The file that says whose a volume is.
-const MARK: &str = "flightbox-volume";
 /// The data folder's list of volumes.
 const REGISTER: &str = "volumes";
 
@@ -77,10 +75,14 @@ impl Said {
 enum Mark {
     /// Nothing.
     Missing,
+    /// Nothing, and it holds a recorder's catalog.
+    DataFolder,
     /// The file is there and empty: somebody gives it away.
     Empty,
     /// Whose it is; `None` where that cannot be read.
     Of(Option<Uuid>),
+    /// It cannot be looked at.
+    Broken(String),
 }
 
 /// What becomes of it.
@@ -93,117 +95,190 @@ enum Ruling {
     Refuse,
 }
 
-/// Pure. `known`: it was this recorder's before; `wanted`: the settings name it.
+/// Pure. `known`: it was this recorder's before, or all that were are forgotten; `wanted`: the settings name it.
 fn rule(mark: &Mark, recorder: Uuid, known: bool, wanted: bool) -> Ruling {
     match mark {
         Mark::Of(Some(id)) if *id == recorder => Ruling::There,
         Mark::Of(None) if known => Ruling::There,
-        Mark::Of(_) if wanted => Ruling::Refuse,
-        Mark::Empty if wanted => Ruling::Take,
+        Mark::Of(_) | Mark::DataFolder if wanted => Ruling::Refuse,
+        Mark::Empty if wanted || known => Ruling::Take,
         Mark::Missing if wanted && !known => Ruling::Take,
-        Mark::Missing | Mark::Empty | Mark::Of(_) => Ruling::Away,
+        Mark::Missing | Mark::Empty | Mark::Of(_) | Mark::DataFolder | Mark::Broken(_) => Ruling::Away,
     }
 }
 
-/// Finds out, under the data folder's lock.
+/// A folder that is a volume, or was, or is to be one.
+struct Found {
+    root: PathBuf,
+    wanted: bool,
+    mark: Mark,
+    /// Where its mark says it is.
+    at: Option<PathBuf>,
+}
+
+impl Found {
+    fn look(root: &Path, wanted: bool) -> Self {
+        let (mark, at) = match Said::read(&root.join(folder::VOLUME_MARK)) {
+            Err(error) => (Mark::Broken(error.to_string()), None),
+            Ok(None) if folder::is_data_folder(root) => (Mark::DataFolder, None),
+            Ok(None) => (Mark::Missing, None),
+            Ok(Some((_, true))) => (Mark::Empty, None),
+            Ok(Some((said, false))) => (Mark::Of(said.recorder), said.roots.into_iter().next()),
+        };
+        Self { root: root.to_owned(), wanted, mark, at }
+    }
+
+    fn note(&self) -> String {
+        let root = self.root.display();
+        match &self.mark {
+            Mark::Broken(why) => {
+                format!("{root} cannot be used ({why}): its topics cannot be read, new ones go elsewhere")
+            }
+            _ => format!(
+                "{root} is not there: its topics cannot be read, new ones go elsewhere; mount it, or, if the disk was \
+                 replaced by an empty one, put an empty file `{}` on it",
+                folder::VOLUME_MARK
+            ),
+        }
+    }
+}
+
+/// Finds out, under the data folder's lock. Nothing is changed before all that could refuse has been asked; a crash
+/// between two changes is met by the next start as if the earlier ones had just been made.
 ///
 /// # Errors
-/// When a volume is another recorder's or in use, none takes topics, or one cannot be written to.
+/// When a volume is another recorder's or in use, or what is known of them cannot be written.
 pub(crate) fn open(config: &Config) -> Result<Opened, AnyError> {
     let data_dir = &config.data_dir;
     let register = data_dir.join(REGISTER);
-    let before = Said::read(&register)?.map(|(said, _)| said).unwrap_or_default();
-    if config.data_dirs.is_empty() && before.roots.is_empty() {
+    let read = Said::read(&register)?;
+    let is_unreadable = read.as_ref().is_some_and(|(said, _)| said.recorder.is_none());
+    let before = read.map(|(said, _)| said).unwrap_or_default();
+    if config.data_dirs.is_empty() && before.roots.is_empty() && !is_unreadable {
         return Ok(Opened { volumes: Volumes::only(data_dir.clone()), locks: Vec::new(), notes: Vec::new() });
     }
-    let is_data_dir = |root: &Path| same(root, data_dir);
-    let takes_itself = config.data_dirs.is_empty() || config.data_dirs.iter().any(|root| is_data_dir(root));
-    let wanted: Vec<&PathBuf> = config.data_dirs.iter().filter(|root| !is_data_dir(root)).collect();
-    let mut marks = Vec::new();
-    for root in wanted.iter().copied().chain(before.roots.iter().filter(|root| !wanted.contains(root))) {
-        let mark = Said::read(&root.join(MARK));
-        let (mark, at) = match mark? {
-            None => (Mark::Missing, None),
-            Some((_, true)) => (Mark::Empty, None),
-            Some((said, false)) => (Mark::Of(said.recorder), said.roots.into_iter().next()),
-        };
-        marks.push((root.clone(), mark, at));
-    }
+    let found = look_at_all(config, &before)?;
     // A data folder that was lost and made anew takes the name that its volumes know.
-    let told = marks.iter().find_map(|(_, mark, _)| if let Mark::Of(id) = mark { *id } else { None });
+    let told = found.iter().find_map(|found| if let Mark::Of(id) = found.mark { id } else { None });
     let recorder = before.recorder.or(told).unwrap_or_else(Uuid::new_v4);
-    let mut now = Said { recorder: Some(recorder), roots: before.roots.clone() };
-    if before.recorder.is_none() {
-        now.write(&register)?;
+    // What its volumes were is then forgotten: one that says nothing may be one that is not mounted.
+    let forgotten = before.recorder.is_none() && (told.is_some() || is_unreadable);
+    let mut rulings = Vec::new();
+    for found in found {
+        let ruling = rule(&found.mark, recorder, before.roots.contains(&found.root) || forgotten, found.wanted);
+        if ruling == Ruling::Refuse {
+            return Err(StorageError::Directory(refusal(&found)).into());
+        }
+        rulings.push((found, ruling));
     }
-    let (mut others, mut locks, mut notes, mut moved) = (Vec::new(), Vec::new(), Vec::new(), false);
-    for (root, mark, at) in marks {
-        let (known, is_wanted) = (before.roots.contains(&root), wanted.contains(&&root));
-        let ruling = rule(&mark, recorder, known, is_wanted);
-        let role = match ruling {
-            Ruling::There | Ruling::Take => {
-                moved |= at.as_ref().is_some_and(|at| *at != root);
-                now.roots.retain(|known| Some(known) != at.as_ref() || known == &root);
-                locks.push(take(&root, recorder)?);
-                now.roots.insert(root.clone());
-                if is_wanted { Role::Takes } else { Role::Keeps }
+    let mut locks = Vec::new();
+    let mut notes = Vec::new();
+    for (found, ruling) in rulings.iter_mut().filter(|(_, ruling)| *ruling != Ruling::Away) {
+        match lock(&found.root) {
+            Ok(lock) => locks.push(lock),
+            Err(error @ StorageError::Directory(_)) => return Err(error.into()),
+            // A sick disk does not keep the others from recording.
+            Err(error) => {
+                found.mark = Mark::Broken(error.to_string());
+                *ruling = Ruling::Away;
             }
-            Ruling::Away => {
-                notes.push(format!(
-                    "{} is not there: its topics cannot be read, new ones go elsewhere; mount it, or, if the disk was \
-                     replaced by an empty one, put an empty file `{MARK}` on it",
-                    root.display()
-                ));
+        }
+    }
+    let mut roots = before.roots.clone();
+    let present = |ruling: &Ruling| matches!(ruling, Ruling::There | Ruling::Take);
+    for (found, _) in rulings.iter().filter(|(_, ruling)| present(ruling)) {
+        roots.retain(|root| Some(root) != found.at.as_ref());
+    }
+    roots.extend(rulings.iter().filter(|(_, ruling)| present(ruling)).map(|(found, _)| found.root.clone()));
+    let mut others = Vec::new();
+    for (found, ruling) in &rulings {
+        let role = match ruling {
+            Ruling::There | Ruling::Take if found.wanted => Role::Takes,
+            Ruling::There | Ruling::Take => Role::Keeps,
+            // One that moved is known by its new place alone.
+            Ruling::Away | Ruling::Refuse if !found.wanted && !roots.contains(&found.root) => continue,
+            Ruling::Away | Ruling::Refuse => {
+                notes.push(found.note());
                 Role::Away
             }
-            Ruling::Refuse => {
-                let text = format!(
-                    "{} is another recorder's: take it out of data_dirs, or serve it with that recorder's data_dir",
-                    root.display()
-                );
-                return Err(StorageError::Directory(text).into());
-            }
         };
-        others.push(Volume::new(root, role));
+        others.push(Volume::new(found.root.clone(), role));
     }
-    // One that moved is known by its new place alone.
-    others.retain(|volume| volume.role != Role::Away || now.roots.contains(&volume.root));
-    notes.retain(|note| others.iter().any(|volume| note.starts_with(&format!("{} ", volume.root.display()))));
+    let takes_itself = config.data_dirs.is_empty() || config.data_dirs.iter().any(|root| same(root, data_dir));
+    let nobody_takes = !takes_itself && !others.iter().any(|volume| volume.role == Role::Takes);
+    if nobody_takes {
+        notes.push("none of data_dirs is there: new topics go to data_dir until one is".to_owned());
+    }
+    let role = if takes_itself || nobody_takes { Role::Takes } else { Role::Keeps };
+    let mut volumes = Volumes::new(Volume::new(data_dir.clone(), role), others);
+    if before.recorder.is_none() {
+        Said { recorder: Some(recorder), roots: before.roots.clone() }.write(&register)?;
+    }
+    let mark = |wanted: Ruling| {
+        let marked =
+            rulings.iter().filter(move |(found, ruling)| *ruling == wanted && found.at.as_ref() != Some(&found.root));
+        marked.map(|(found, _)| &found.root).try_for_each(|root| {
+            let said = Said { recorder: Some(recorder), roots: BTreeSet::from([root.clone()]) };
+            said.write(&root.join(folder::VOLUME_MARK))
+        })
+    };
+    mark(Ruling::Take)?;
+    if rulings.iter().any(|(found, ruling)| *ruling == Ruling::There && found.at.as_ref() != Some(&found.root)) {
+        volumes = find_again(volumes)?;
+    }
+    let now = Said { recorder: Some(recorder), roots };
     if now != before {
         now.write(&register)?;
     }
-    let data = Volume::new(data_dir.clone(), if takes_itself { Role::Takes } else { Role::Keeps });
-    let volumes = Volumes::new(data, others);
-    if !volumes.all().iter().any(|volume| volume.role == Role::Takes) {
-        return Err(StorageError::Directory(format!("no volume takes new topics: {}", notes.join("; "))).into());
-    }
-    if moved {
-        let state = DiskState { engine: storage::disk::Engine::Posix, direct: false, registered: false, notes: vec![] };
-        let links = posix::run(&state, 0, |disk| async move {
-            let made = relink(&disk, &volumes).await;
-            (made, volumes)
-        })?;
-        let (made, volumes) = links;
-        tracing::info!(links = made?, "a volume has another path than before: its topics are found there now");
-        return Ok(Opened { volumes, locks, notes });
-    }
+    mark(Ruling::There)?;
     Ok(Opened { volumes, locks, notes })
 }
 
-/// Makes a volume ready and locks it.
-fn take(root: &Path, recorder: Uuid) -> Result<File, AnyError> {
+/// Those that the settings name, and those that are known; each folder once, by the name that the settings have for it.
+fn look_at_all(config: &Config, before: &Said) -> Result<Vec<Found>, StorageError> {
+    let mut all: Vec<Found> = Vec::new();
+    let wanted = config.data_dirs.iter().filter(|root| !same(root, &config.data_dir)).map(|root| (root, true));
+    for (root, wanted) in wanted.chain(before.roots.iter().map(|root| (root, false))) {
+        match all.iter().find(|found| same(&found.root, root)) {
+            None => all.push(Found::look(root, wanted)),
+            Some(other) if wanted => {
+                let (other, root) = (other.root.display(), root.display());
+                return Err(StorageError::Directory(format!("{other} and {root} in data_dirs are one folder")));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(all)
+}
+
+fn refusal(found: &Found) -> String {
+    let root = found.root.display();
+    match found.mark {
+        Mark::DataFolder => {
+            format!("{root} in data_dirs is a data folder of its own: serve it as data_dir, or name another folder")
+        }
+        _ => {
+            format!("{root} is another recorder's: take it out of data_dirs, or serve it with that recorder's data_dir")
+        }
+    }
+}
+
+/// Makes a volume's folders and locks it: the folder, because its files may be replaced.
+fn lock(root: &Path) -> Result<File, StorageError> {
     let sequences = root.join("sequences");
     std::fs::create_dir_all(&sequences).map_err(|error| StorageError::io("make folder", &sequences, error))?;
-    let path = root.join(MARK);
-    let said = Said { recorder: Some(recorder), roots: BTreeSet::from([root.to_owned()]) };
-    // Locked before it is written: a running recorder's is left as it is. The folder, because the file is replaced.
     let folder = File::open(root).map_err(|error| StorageError::io("open", root, error))?;
     folder::lock(&folder, root)?;
-    if Said::read(&path)?.is_none_or(|(now, _)| now != said) {
-        said.write(&path)?;
-    }
     folder.sync_all().map_err(|error| StorageError::io("sync folder", root, error))?;
     Ok(folder)
+}
+
+/// The names of topics whose volume has another path than before.
+fn find_again(volumes: Volumes) -> Result<Volumes, AnyError> {
+    let state = DiskState { engine: Engine::Posix, direct: false, registered: false, notes: Vec::new() };
+    let (made, volumes) = posix::run(&state, 0, |disk| async move { (relink(&disk, &volumes).await, volumes) })?;
+    tracing::info!(links = made?, "a volume has another path than before: its topics are found there now");
+    Ok(volumes)
 }
 
 /// Whether two paths are one folder.
@@ -234,6 +309,10 @@ mod tests {
         check(Mark::Of(Some(other)), false, true, Ruling::Refuse);
         check(Mark::Of(Some(other)), true, true, Ruling::Refuse);
         check(Mark::Of(Some(other)), true, false, Ruling::Away);
+        check(Mark::Empty, true, false, Ruling::Take);
+        check(Mark::DataFolder, false, true, Ruling::Refuse);
+        check(Mark::DataFolder, true, false, Ruling::Away);
+        check(Mark::Broken("EIO".to_owned()), true, true, Ruling::Away);
         check(Mark::Of(None), true, true, Ruling::There);
         check(Mark::Of(None), false, true, Ruling::Refuse);
     }

@@ -118,6 +118,45 @@ fn inv_1_a_full_disk_ends_uploads_cleanly_and_recording_goes_on_when_there_is_ro
     });
 }
 
+#[test]
+fn a_full_volume_ends_its_own_uploads_and_new_topics_go_to_the_others() {
+    let Some(disk) = SmallDisk::new(320) else { return };
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let (data, roomy) = (folder.path().join("data"), folder.path().join("roomy"));
+    let volumes = format!("data_dirs={}:{}", roomy.display(), disk.at.join("v").display());
+    run(async {
+        let mut server = Server::start_on(&data, &["chunk_bytes=1MiB", "reserve_bytes=64MiB", &volumes]);
+        let mut client = server.client().await;
+        let key = create_sequence(&mut client, "both").await;
+        let mut ends = Vec::new();
+        for index in 0..2 {
+            let name = format!("both/s{index}");
+            let topic = create_topic(&mut client, &key, &name, "image").await;
+            // More than the small one holds.
+            let batches = (0..250).map(|batch| blob_batch(batch * 10, 10, 100_000)).collect();
+            ends.push(put(&mut client, &name, &topic, batches).await.map(|_| ()));
+        }
+        let (well, refused): (Vec<_>, Vec<_>) = ends.into_iter().partition(Result::is_ok);
+        assert_eq!((well.len(), refused.len()), (1, 1));
+        check_refused(refused.into_iter().next().expect("one"), Code::ResourceExhausted, &["full"]);
+        let told = info(&mut client).await["volumes"].clone();
+        assert_eq!(
+            (&told[0]["space"], &told[1]["space"], &told[2]["space"]),
+            (&json!("enough"), &json!("enough"), &json!("full")),
+            "{told}"
+        );
+        for index in 2..6 {
+            let name = format!("both/s{index}");
+            let topic = create_topic(&mut client, &key, &name, "image").await;
+            put(&mut client, &name, &topic, vec![blob_batch(0, 10, 100_000)]).await.expect("there is room elsewhere");
+        }
+        let finalize = json!({ "name": "both", "key": key, "accept_partial": true });
+        action(&mut client, "sequence_finalize", finalize).await.expect("finalize");
+        drop(client);
+        server.stop();
+    });
+}
+
 fn reserve_is_there(data: &Path) {
     let since = Instant::now();
     while std::fs::metadata(data.join("reserve")).map_or(0, |metadata| metadata.len()) != 32 << 20 {

@@ -1,13 +1,14 @@
 //! Several volumes (`data_dirs`): topics spread over them, one that is not there, one of another recorder.
 
 use crate::harness::{
-    Client, Server, action, blob, blob_batch, create_sequence, create_topic, files_below, flightbox,
+    Client, Server, action, blob, blob_batch, check_refused, create_sequence, create_topic, files_below, flightbox,
     flightbox_may_fail, get, info, put, run, times,
 };
 use arrow::array::AsArray;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
+use tonic::Code;
 
 const ROWS: usize = 30;
 const BLOB_BYTES: usize = 40_000;
@@ -68,11 +69,23 @@ async fn check_all_whole(client: &mut Client, name: &str) {
     }
 }
 
+fn segments_on(volume: &TempDir) -> usize {
+    let files = files_below(&volume.path().join("sequences"));
+    files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "parquet")).count()
+}
+
+/// Every file for people can be opened.
+fn check_browse(data: &Path, name: &str) {
+    let browse = files_below(&data.join("browse").join(name));
+    let is_parquet = |path: &PathBuf| std::fs::read(path).expect("readable").ends_with(b"PAR1");
+    assert!(browse.len() == 4 && browse.iter().all(is_parquet), "{browse:?}");
+}
+
 /// Topics of a sequence that lie on a volume.
 fn topics_on(data: &Path, name: &str, volume: &Path) -> Vec<String> {
     let is_there = |topic: &usize| {
         let file = data.join(format!("browse/{name}/t{topic}/000000.parquet"));
-        std::fs::read_link(file).is_ok_and(|target| target.starts_with(volume))
+        std::fs::canonicalize(file).is_ok_and(|target| target.starts_with(volume))
     };
     (0..4).filter(is_there).map(|topic| format!("{name}/t{topic}")).collect()
 }
@@ -87,11 +100,9 @@ fn inv_4_topics_lie_on_all_volumes_are_read_browsed_and_verified_there_and_leave
         check_all_whole(&mut client, "drive").await;
         for volume in [&disks.first, &disks.second] {
             assert_eq!(topics_on(disks.data.path(), "drive", volume.path()).len(), 2, "two topics on each");
-            assert_eq!(files_below(&volume.path().join("sequences")).len(), 2);
+            assert_eq!(segments_on(volume), 2);
         }
-        let footer = |path: &PathBuf| std::fs::read(path).expect("readable").ends_with(b"PAR1");
-        let browse = files_below(&disks.data.path().join("browse/drive"));
-        assert!(browse.len() == 4 && browse.iter().all(footer), "{browse:?}");
+        check_browse(disks.data.path(), "drive");
         let told = info(&mut client).await["volumes"].clone();
         let roles: Vec<&str> = told.as_array().expect("a list").iter().filter_map(|one| one["role"].as_str()).collect();
         assert_eq!(roles, ["keeps what it has", "takes topics", "takes topics"], "{told}");
@@ -142,14 +153,15 @@ fn inv_9_a_volume_that_is_not_there_keeps_the_others_recording_and_is_served_aga
         for topic in &on_first {
             check_whole(&mut client, topic).await;
         }
-        let missing = get(&mut client, on_second[0].clone()).await.expect_err("not there");
-        assert!(missing.message().contains("000000.parquet"), "{}", missing.message());
+        let second = disks.second.path().to_str().expect("UTF-8");
+        check_refused(get(&mut client, on_second[0].clone()).await, Code::Unavailable, &[&on_second[0], second]);
         record(&mut client, "meanwhile").await;
         check_all_whole(&mut client, "meanwhile").await;
         assert_eq!(topics_on(disks.data.path(), "meanwhile", disks.first.path()).len(), 4);
-        let deleted =
-            action(&mut client, "sequence_delete", json!({ "locator": "old" })).await.expect_err("half of it");
-        assert!(deleted.message().contains("is not there"), "{}", deleted.message());
+        let deleted = action(&mut client, "sequence_delete", json!({ "locator": "old" })).await;
+        check_refused(deleted, Code::Unavailable, &[second, "is not there"]);
+        // What is there went at once: deleting makes room.
+        assert_eq!(segments_on(&disks.first), on_first.len() + 4);
         assert_eq!(std::fs::read_dir(disks.second.path()).expect("readable").count(), 0, "nothing was written there");
         drop(client);
         server.stop();
@@ -161,7 +173,7 @@ fn inv_9_a_volume_that_is_not_there_keeps_the_others_recording_and_is_served_aga
         check_all_whole(&mut client, "drive").await;
         check_all_whole(&mut client, "meanwhile").await;
         // What was deleted meanwhile is gone there as well.
-        assert_eq!(files_below(&disks.second.path().join("sequences")).len(), on_second.len());
+        assert_eq!(segments_on(&disks.second), on_second.len());
         drop(client);
         server.stop();
         let (told, clean) = disks.verify();
@@ -183,8 +195,68 @@ fn inv_9_recordings_come_back_from_their_volumes_when_the_data_folder_is_lost() 
         let mut server = disks.start();
         let mut client = server.client().await;
         check_all_whole(&mut client, "drive").await;
+        // As it was: locked, too.
+        let aborted = action(&mut client, "sequence_delete", json!({ "name": "drive" })).await;
+        check_refused(aborted, Code::FailedPrecondition, &["drive", "finalized"]);
+        check_browse(disks.data.path(), "drive");
         drop(client);
         server.stop();
+    });
+}
+
+#[test]
+fn inv_1_and_3_a_catalog_made_again_while_a_volume_is_away_forgets_nothing_that_lies_there() {
+    run(async {
+        let disks = Disks::new();
+        let mut server = disks.start();
+        let mut client = server.client().await;
+        record(&mut client, "drive").await;
+        // Finalized topics in a sequence that is still open, and one without its end.
+        let key = create_sequence(&mut client, "open").await;
+        for topic in 0..4 {
+            let locator = format!("open/t{topic}");
+            let uuid = create_topic(&mut client, &key, &locator, "image").await;
+            let batches = (0..3).map(|batch| blob_batch((batch * ROWS / 3) as i64, ROWS / 3, BLOB_BYTES)).collect();
+            put(&mut client, &locator, &uuid, batches).await.expect("put");
+        }
+        drop(client);
+        server.kill();
+        let away = disks.second.path().with_extension("away");
+        std::fs::rename(disks.second.path(), &away).expect("renamed");
+        for start in 0..2 {
+            if start == 0 {
+                std::fs::remove_dir_all(disks.data.path().join("catalog")).expect("removed");
+            }
+            let mut server = disks.start();
+            let mut client = server.client().await;
+            let whole = topics_on(disks.data.path(), "drive", disks.first.path());
+            assert_eq!(whole.len(), 2);
+            for topic in &whole {
+                check_whole(&mut client, topic).await;
+            }
+            record(&mut client, &format!("later{start}")).await;
+            drop(client);
+            server.stop();
+        }
+        std::fs::rename(&away, disks.second.path()).expect("renamed");
+        let mut server = disks.start();
+        let mut client = server.client().await;
+        for name in ["drive", "open", "later0", "later1"] {
+            check_all_whole(&mut client, name).await;
+        }
+        drop(client);
+        server.stop();
+        // Made again for it once: the next start leaves it as it is.
+        let mut server = disks.start();
+        let mut client = server.client().await;
+        check_all_whole(&mut client, "open").await;
+        drop(client);
+        server.stop();
+        let entries = std::fs::read_dir(disks.data.path()).expect("readable").map(|entry| entry.expect("an entry"));
+        let aside = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("catalog.damaged-"));
+        assert_eq!(aside.count(), 1);
+        let (told, clean) = disks.verify();
+        assert!(clean, "{told}");
     });
 }
 
@@ -205,6 +277,7 @@ fn a_volume_that_is_mounted_elsewhere_is_found_there() {
         check_all_whole(&mut client, "drive").await;
         let told = info(&mut client).await["volumes"].clone();
         assert_eq!(told.as_array().expect("a list").len(), 3, "it is known by its new place alone: {told}");
+        check_browse(disks.data.path(), "drive");
         drop(client);
         server.stop();
         std::fs::rename(&moved, disks.first.path()).expect("renamed");
@@ -237,6 +310,9 @@ fn another_recorders_volume_is_refused_and_so_are_paths_that_cannot_be_volumes()
         let (data, both) = (fresh.path().to_str().expect("UTF-8"), format!("{setting}:{first}"));
         let (told, ok) = flightbox_may_fail(&["serve", "--data", data, "--listen", "127.0.0.1:0", "--set", &both]);
         assert!(!ok && told.contains(first) && told.contains("another recorder's"), "{told}");
+        refused(data, &[data, "data folder of its own"]);
+        let (told, ok) = flightbox_may_fail(&["serve", "--listen", "127.0.0.1:0", "--data", first]);
+        assert!(!ok && told.contains("is a volume of a recorder"), "{told}");
         refused("relative/path", &["relative/path", "absolute"]);
         refused(&format!("{first}:{first}/below"), &["apart from each other"]);
         let doctor = flightbox(&["doctor", "--data", data, "--set", &setting]);

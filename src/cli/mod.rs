@@ -168,10 +168,8 @@ impl Settings {
                 raw.set(key, value, "command line")?;
             }
         }
-        let folders = match raw.get("data_dirs").text.as_str() {
-            "" => vec![PathBuf::from(&raw.get("data_dir").text)],
-            list => list.split(':').map(PathBuf::from).collect(),
-        };
+        let others = raw.get("data_dirs").text.split(':').filter(|folder| !folder.is_empty()).map(PathBuf::from);
+        let folders: Vec<PathBuf> = others.chain([PathBuf::from(&raw.get("data_dir").text)]).collect();
         Config::check(&raw, &host::facts(&folders))
     }
 }

@@ -70,6 +70,7 @@ pub(crate) async fn do_get(
         let locator = Locator::topic("ticket", text)?;
         (find_topic(&shared.lifecycle.catalog, &locator)?, Window::default())
     };
+    shared.volumes.check_there(&topic).map_err(|error| of_storage(&error))?;
     let view = {
         let pin = shared.lifecycle.catalog.pin().map_err(|error| of_storage(&error))?;
         let catalog = pin.view();

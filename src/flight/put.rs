@@ -17,7 +17,7 @@ use crate::ingest::committer::{End, Watermark};
 use crate::ingest::topic::Batch;
 use crate::ingest::writer::Message;
 use crate::lifecycle::upload::Upload;
-use crate::lifecycle::{Locator, parse_uuid};
+use crate::lifecycle::{Locator, find_topic, parse_uuid};
 use crate::limits;
 use crate::stats::{Station, Stats};
 use arrow::array::{Array, AsArray, RecordBatch};
@@ -177,6 +177,11 @@ impl Ingest {
             invalid("DoPut without a descriptor; send a CMD descriptor with resource_locator and topic_uuid")
         })?;
         let (locator, key, resume_from) = target(&descriptor, &self.connection)?;
+        if self.shared.volumes.all().len() > 1
+            && let Ok(topic) = find_topic(&self.shared.lifecycle.catalog, &locator)
+        {
+            self.shared.volumes.check_there(&topic).map_err(|error| of_storage(&error))?;
+        }
         let wire = decode::schema(&header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
         self.monitor.set_overhead(limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
@@ -184,8 +189,7 @@ impl Ingest {
     }
 
     fn ends(&self, upload: &Upload) -> Ends {
-        let topic = &upload.topic;
-        let volume = self.shared.volumes.index_of(topic.sequence, topic.id, topic.no);
+        let volume = self.shared.volumes.index_of(&upload.topic);
         let space = self.shared.health.rooms.get(volume).map_or(&self.shared.health.space, |room| &room.space);
         let mut ends = Ends {
             watermark: upload.watermark.clone(),

@@ -44,7 +44,7 @@ pub(crate) fn of_storage(error: &StorageError) -> Status {
         error if error.is_full_disk() => Code::ResourceExhausted,
         StorageError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Code::NotFound,
         StorageError::Io { .. } | StorageError::Directory(_) => Code::Internal,
-        StorageError::Catalog { .. } => Code::Unavailable,
+        StorageError::Catalog { .. } | StorageError::Away { .. } => Code::Unavailable,
         StorageError::Decode { .. } | StorageError::Checksum { .. } => Code::DataLoss,
         StorageError::Unstorable { .. } | StorageError::Format { .. } => Code::InvalidArgument,
         StorageError::Gone => Code::Aborted,

@@ -4,7 +4,7 @@
 //! Guarantees: a seal asked for before a link is done before it, so what `browse/` shows is whole.
 //! Its work delays no acknowledgement: nobody waits for it but who asked for its result.
 
-use crate::health::{Health, Space};
+use crate::health::Health;
 use crate::ingest::committer::{CommitHandle, Live};
 use crate::limits;
 use std::collections::BTreeSet;
@@ -17,7 +17,7 @@ use storage::catalog::{Catalog, Look, Txn};
 use storage::disk::{Disk, IoCounters};
 use storage::ids::{SequenceId, TopicNo};
 use storage::recover::{self, TopicReceipt};
-use storage::volumes::Volumes;
+use storage::volumes::{Orphan, Volumes};
 use storage::{StorageError, found, manifest, segment};
 use tokio::sync::{mpsc, oneshot};
 
@@ -109,14 +109,12 @@ impl Context {
     }
 
     /// Whether work that met a full disk may be tried again: the reserve is free for it.
-    async fn has_room_now(&self, result: &Outcome) -> bool {
+    async fn has_room_now(&self, result: &Outcome, topic: Option<&TopicRecord>) -> bool {
         if !result.as_ref().is_err_and(StorageError::is_full_disk) {
             return false;
         }
-        self.health.full.notify_one();
-        let mut space = self.health.space.subscribe();
-        let released = space.wait_for(|space| *space == Space::Full);
-        tokio::time::timeout(limits::RESERVE_WAIT, released).await.is_ok()
+        let volume = topic.map_or(0, |topic| self.volumes.index_of(topic));
+        self.health.reserve_released(volume).await
     }
 }
 
@@ -134,7 +132,7 @@ pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, conte
             }
             Job::Seal { topic, below, reply } => {
                 let mut result = seal(&disk, &context, &topic, below).await;
-                if context.has_room_now(&result).await {
+                if context.has_room_now(&result, Some(&topic)).await {
                     result = seal(&disk, &context, &topic, below).await;
                 }
                 match reply {
@@ -154,7 +152,7 @@ pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, conte
             }
             Job::Settle { sequence, reply } => {
                 let mut result = settle(&disk, &context, &sequence).await;
-                if context.has_room_now(&result).await {
+                if context.has_room_now(&result, None).await {
                     result = settle(&disk, &context, &sequence).await;
                 }
                 reply.send(result).ok(); // As above.
@@ -194,7 +192,7 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
 /// The manifest says that a topic is locked, where no footer of it does.
 async fn note_lock<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord) -> Outcome {
     match context.catalog.sequence(topic.sequence)? {
-        Some(sequence) => manifest::write(disk, &context.catalog, context.data_dir(), &sequence).await,
+        Some(sequence) => manifest::write(disk, &context.catalog, &context.volumes, &sequence).await,
         None => Ok(()),
     }
 }
@@ -229,6 +227,12 @@ async fn recover_topic<D: Disk>(disk: &D, context: &Context, topic: TopicRecord)
         }
     }
     let segments = catalog.segments(no)?;
+    let totals = catalog.totals(no)?;
+    if locked && segments.is_empty() && totals.rows > 0 {
+        // The catalog was made again without them: what is in the folder is not for this pass to judge.
+        receipt.unsealed = Some("its files are not in the catalog; run `flightbox recover`".to_owned());
+        return Ok(receipt);
+    }
     let dir = segment::topic_dir(context.data_dir(), topic.sequence, topic.id);
     for record in segments.iter().filter(|record| record.sealed_length.is_none()) {
         let path = dir.join(segment::file_name(record.no));
@@ -271,21 +275,25 @@ async fn remove_orphans<D: Disk>(
         .flat_map(|folder| context.volumes.all().iter().map(move |volume| volume.root.join(&folder)))
         .collect();
     let mut removed = Vec::new();
-    for orphan in recover::orphans(disk, &context.catalog, &context.volumes, unsettled).await? {
+    for Orphan { path, is_copy } in recover::orphans(disk, &context.catalog, &context.volumes, unsettled).await? {
         // Deletions have records of their own: what says whose it is was lost by the catalog, not by its owner.
-        if deleting.contains(&orphan) {
+        if deleting.contains(&path) {
             continue;
         }
-        if found::says_whose(disk, &orphan).await {
-            return Err(lost(format!("{} is a recording that it does not know", orphan.display())));
+        if found::says_whose(disk, &path).await {
+            if is_copy {
+                tracing::warn!(path = %path.display(), "a copy of a topic that lies elsewhere: left alone");
+                continue;
+            }
+            return Err(lost(format!("{} is a recording that it does not know", path.display())));
         }
-        match recover::remove_orphan(disk, &orphan).await {
+        match recover::remove_orphan(disk, &path).await {
             Ok(()) => {
-                tracing::info!(path = %orphan.display(), "removed: no record owns it");
-                removed.push(orphan);
+                tracing::info!(path = %path.display(), "removed: no record owns it");
+                removed.push(path);
             }
             Err(error) => {
-                tracing::warn!(path = %orphan.display(), %error, "no record owns it, and it cannot be removed");
+                tracing::warn!(path = %path.display(), %error, "no record owns it, and it cannot be removed");
             }
         }
     }
@@ -300,7 +308,7 @@ async fn settle<D: Disk>(disk: &D, context: &Context, sequence: &SequenceRecord)
         return Ok(()); // Deleted meanwhile.
     }
     let sessions = catalog.sessions_of(id)?;
-    manifest::write(disk, catalog, data_dir, sequence).await?;
+    manifest::write(disk, catalog, &context.volumes, sequence).await?;
     recover::link_browse(disk, catalog, data_dir, sequence).await?;
     for topic in catalog.topics_of(id)? {
         let unsealed = catalog.segments(topic.no)?.iter().any(|segment| segment.sealed_length.is_none());
@@ -341,7 +349,7 @@ async fn remove<D: Disk>(disk: &D, context: &Context, ticket: [u8; 16], folders:
     // What is left of a finalized sequence must not bring the rest back when the catalog is made again.
     for sequence in folders.iter().filter_map(|folder| sequence_of(folder)).collect::<BTreeSet<_>>() {
         if let Some(record) = context.catalog.sequence(sequence)? {
-            manifest::write(disk, &context.catalog, context.data_dir(), &record).await?;
+            manifest::write(disk, &context.catalog, &context.volumes, &record).await?;
         }
     }
     context

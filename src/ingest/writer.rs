@@ -6,7 +6,7 @@
 //! for its own ring, for space in the committer's lane, and for answers.
 //! Does not know: requests, clients, gRPC. It is handed batches and tells watermarks.
 
-use crate::health::{Health, Space};
+use crate::health::Health;
 use crate::ingest::admit::Budget;
 use crate::ingest::committer::{ChunkCommit, CommitHandle, End, Watermark};
 use crate::ingest::gather::{ChunkRule, FlushTime, TailRate, Verdict, Why, floor_bytes, verdict};
@@ -641,7 +641,9 @@ impl<D: Disk> Writer<D> {
                 }
                 Err(error) if attempt < limits::CHUNK_ATTEMPTS_MAX => {
                     if error.is_full_disk() {
-                        self.reserve_released().await;
+                        let volume = self.context.volumes.index_of(&topic.record);
+                        // After that the next attempt tells.
+                        self.context.health.reserve_released(volume).await;
                     }
                     tracing::warn!(topic = %topic.record.locator, %error, attempt, "chunk not written; trying in a new segment");
                     if let Some(segment) = placed {
@@ -662,15 +664,6 @@ impl<D: Disk> Writer<D> {
             writer.progress.notify_one();
         });
         topic.making.replace(Some(making));
-    }
-
-    /// Waits until the reserve may be used for what was taken already.
-    async fn reserve_released(&self) {
-        self.context.health.full.notify_one();
-        let mut space = self.context.health.space.subscribe();
-        let released = space.wait_for(|space| *space == Space::Full);
-        // After that the next attempt tells.
-        tokio::time::timeout(limits::RESERVE_WAIT, released).await.ok();
     }
 
     /// A chunk in this segment is durable. Lower segments are complete, except those where a chunk

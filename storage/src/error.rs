@@ -69,6 +69,14 @@ pub enum StorageError {
     /// The topic was aborted, deleted or ended while this was under way.
     #[error("the topic is no longer open for writing: it was finalized, aborted or deleted meanwhile")]
     Gone,
+    /// A topic's files lie on a volume that is not there.
+    #[error("{what} lies on {}, which is not there: mount it and start again", root.display())]
+    Away {
+        /// The topic, or what of it.
+        what: String,
+        /// The volume.
+        root: PathBuf,
+    },
     /// The data directory belongs to something else.
     #[error("{0}")]
     Directory(String),

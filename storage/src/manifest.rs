@@ -14,6 +14,7 @@ use crate::disk::Disk;
 use crate::error::{Result, StorageError};
 use crate::ids::{SequenceId, TopicNo};
 use crate::segment::{self, TopicFacts};
+use crate::volumes::Volumes;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -104,20 +105,46 @@ pub fn path(data_dir: &Path, sequence: SequenceId) -> PathBuf {
     segment::sequence_dir(data_dir, sequence).join("manifest")
 }
 
-/// Writes the manifest of a sequence, unless it is there as it should be.
+/// Writes the manifest of a sequence, unless it is there as it should be; also on each volume that has topics of it, so
+/// that these come back as they were when the data folder is lost.
 ///
 /// # Errors
 /// When it cannot be written or the catalog cannot be read.
-pub async fn write<D: Disk>(disk: &D, look: &impl Look, data_dir: &Path, sequence: &SequenceRecord) -> Result<()> {
-    let path = path(data_dir, sequence.id);
+pub async fn write<D: Disk>(disk: &D, look: &impl Look, volumes: &Volumes, sequence: &SequenceRecord) -> Result<()> {
     let bytes = Manifest::gather(look, sequence)?.encode()?;
+    write_to(disk, volumes.data_dir(), sequence.id, &bytes).await?;
+    for volume in volumes.others() {
+        let dir = segment::sequence_dir(&volume.root, sequence.id);
+        let topics = disk.list(&dir).await.map_err(|error| StorageError::io("list", &dir, error))?;
+        if topics.iter().any(|entry| entry.is_dir) {
+            write_to(disk, &volume.root, sequence.id, &bytes).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The manifest of a sequence: the data folder's, or the first whole one of a volume.
+pub async fn read<D: Disk>(disk: &D, volumes: &Volumes, sequence: SequenceId) -> Option<Manifest> {
+    let roots = volumes.others().map(|volume| volume.root.as_path());
+    for root in std::iter::once(volumes.data_dir()).chain(roots) {
+        let bytes = disk.read_small(&path(root, sequence)).await.ok().flatten();
+        let manifest = bytes.and_then(|bytes| Manifest::decode(&bytes));
+        if let Some(manifest) = manifest.filter(|manifest| manifest.sequence.id == sequence) {
+            return Some(manifest);
+        }
+    }
+    None
+}
+
+async fn write_to<D: Disk>(disk: &D, root: &Path, sequence: SequenceId, bytes: &[u8]) -> Result<()> {
+    let path = path(root, sequence);
     let before = disk.read_small(&path).await.map_err(|error| StorageError::io("read", &path, error))?;
-    if before.as_ref() == Some(&bytes) {
+    if before.as_deref() == Some(bytes) {
         return Ok(());
     }
-    let dir = segment::sequence_dir(data_dir, sequence.id);
-    crate::disk::make_dirs(disk, data_dir, &dir).await.map_err(|error| StorageError::io("make folder", &dir, error))?;
-    disk.replace(&path, &bytes).await.map_err(|error| StorageError::io("write", &path, error))
+    let dir = segment::sequence_dir(root, sequence);
+    crate::disk::make_dirs(disk, root, &dir).await.map_err(|error| StorageError::io("make folder", &dir, error))?;
+    disk.replace(&path, bytes).await.map_err(|error| StorageError::io("write", &path, error))
 }
 
 #[cfg(test)]

@@ -42,6 +42,9 @@ pub struct Rebuilt {
     pub moved: Vec<PathBuf>,
 }
 
+/// Numbers that are left out for topics on volumes that are not there.
+const AWAY_TOPICS_MAX: u64 = 1 << 32;
+
 /// Everything of one topic that its files tell.
 struct Topic {
     record: TopicRecord,
@@ -77,6 +80,10 @@ pub async fn rebuild<D: Disk>(
         next_topic = next_topic.max(topics);
         progress(&done);
     }
+    if volumes.all().iter().any(|volume| volume.role == Role::Away) {
+        // The topics that are not there have numbers that nobody else may get.
+        next_topic += AWAY_TOPICS_MAX;
+    }
     let mut group = into.group()?;
     group.change(|txn| txn.put(Family::Meta, keys::NEXT_TOPIC.to_vec(), &next_topic))?;
     group.commit()?;
@@ -97,8 +104,7 @@ async fn sequence<D: Disk>(
         set_aside(disk, volumes, &folder.path, done).await?;
         return Ok(1);
     };
-    let manifest = disk.read_small(&manifest::path(volumes.data_dir(), id)).await.ok().flatten();
-    let manifest = manifest.and_then(|bytes| Manifest::decode(&bytes)).filter(|manifest| manifest.sequence.id == id);
+    let manifest = manifest::read(disk, volumes, id).await;
     let mut locked: BTreeMap<TopicId, LockedTopic> = manifest
         .iter()
         .flat_map(|manifest| manifest.topics.iter().cloned())
@@ -109,16 +115,18 @@ async fn sequence<D: Disk>(
         if entry.path == manifest::path(volumes.data_dir(), id) {
             continue;
         }
-        // A link whose volume is not there stays, like the topic behind it.
-        if entry.is_link && !entry.is_dir {
-            continue;
-        }
-        if !entry.is_dir {
+        if !entry.is_dir && !entry.is_link {
             set_aside(disk, volumes, &entry.path, done).await?;
             continue;
         }
         let name = entry.path.file_name().and_then(|name| name.to_str()).unwrap_or("");
         let known = name.parse().ok().map(TopicId).and_then(|id| locked.remove(&id));
+        // A link whose volume is not there stays, and so does what is locked behind it: its rows are missing until the
+        // catalog is made once more, with the volume.
+        if !entry.is_dir && known.is_none() {
+            done.missing.push(format!("{}: its volume is not there", entry.path.display()));
+            continue;
+        }
         match topic(disk, volumes, &entry.path, known, done).await? {
             Some(topic) => topics.push(topic),
             None => set_aside(disk, volumes, &entry.path, done).await?,

@@ -17,7 +17,7 @@ use crate::manifest;
 use crate::rebuild::Rebuilt;
 use crate::schema::TopicSchema;
 use crate::segment::{self, FooterFacts, Head, TopicFacts};
-use crate::volumes::{self, Volumes};
+use crate::volumes::{self, Orphan, Volumes};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -220,13 +220,16 @@ pub async fn link_browse<D: Disk>(
         make_dirs(disk, data_dir, &target).await.map_err(|error| StorageError::io("make folder", &target, error))?;
         let source = segment::topic_dir(data_dir, topic.sequence, topic.id);
         // A file on another volume can have no second name here.
-        let elsewhere = volumes::link(disk, &source).await?;
+        let elsewhere = volumes::link(disk, &source).await?.is_some();
+        let up: PathBuf = std::iter::repeat_n("..", topic.locator.split('/').count() + 1).collect();
         for segment in look.segments(topic.no)? {
             let name = segment::file_name(segment.no);
             let to = target.join(&name);
-            let linked = match &elsewhere {
-                None => disk.link(&source.join(&name), &to).await,
-                Some(elsewhere) => disk.symlink(&elsewhere.join(&name), &to).await,
+            let linked = if elsewhere {
+                let by_name = source.strip_prefix(data_dir).unwrap_or(&source).join(&name);
+                disk.symlink(&up.join(by_name), &to).await
+            } else {
+                disk.link(&source.join(&name), &to).await
             };
             linked.map_err(|error| StorageError::io("link", &to, error))?;
         }
@@ -248,9 +251,14 @@ pub fn browse_dir(data_dir: &Path, locator: &str) -> PathBuf {
 /// When one cannot be removed; the deletion's record then stays, and the next start tries again.
 pub async fn remove_folders<D: Disk>(disk: &D, volumes: &Volumes, folders: &[String]) -> Result<()> {
     let data_dir = volumes.data_dir();
+    let mut waiting = None;
     for folder in folders {
-        if folder.starts_with("sequences/") {
-            volumes::remove_behind(disk, volumes, folder).await?;
+        if folder.starts_with("sequences/")
+            && let Err(error) = volumes::remove_behind(disk, volumes, folder).await
+        {
+            // The others go all the same: deleting makes room.
+            waiting = waiting.or(Some(error));
+            continue;
         }
         let (path, only_files) = match folder.strip_suffix("/*") {
             Some(folder) => (data_dir.join(folder), true),
@@ -277,7 +285,7 @@ pub async fn remove_folders<D: Disk>(disk: &D, volumes: &Volumes, folders: &[Str
             }
         }
     }
-    Ok(())
+    waiting.map_or(Ok(()), Err)
 }
 
 /// The files in a topic's folder.
@@ -317,20 +325,21 @@ pub async fn orphans<D: Disk>(
     look: &impl Look,
     volumes: &Volumes,
     unsettled: &[SequenceRecord],
-) -> Result<Vec<PathBuf>> {
+) -> Result<Vec<Orphan>> {
     let data_dir = volumes.data_dir();
-    let is_known = |path: &Path| {
-        let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-        Ok(match id {
+    let ids: Vec<SequenceId> = unsettled.iter().map(|sequence| sequence.id).collect();
+    let is_known = |id: SequenceId| Ok(look.sequence(id)?.is_some());
+    let mut found = volumes::strays(disk, volumes, is_known, &ids).await?;
+    let orphan = |path: PathBuf| Orphan { path, is_copy: false };
+    for entry in list(disk, &data_dir.join("sequences")).await? {
+        let id = entry.path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+        let known = match id {
             Some(id) => look.sequence(SequenceId(id))?.is_some(),
             None => false,
-        })
-    };
-    let ids: Vec<SequenceId> = unsettled.iter().map(|sequence| sequence.id).collect();
-    let mut found = volumes::strays(disk, volumes, is_known, &ids).await?;
-    for entry in list(disk, &data_dir.join("sequences")).await? {
-        if !is_known(&entry.path)? {
-            found.push(entry.path);
+        };
+        // What leads to a volume that is not there is known again when it is.
+        if !known && volumes::away_in(disk, volumes, &entry.path).await?.is_none() {
+            found.push(orphan(entry.path));
         }
     }
     for sequence in unsettled {
@@ -342,9 +351,12 @@ pub async fn orphans<D: Disk>(
             .collect();
         owned.insert(manifest::path(data_dir, sequence.id));
         for entry in list(disk, &dir).await?.into_iter().filter(|entry| !owned.contains(&entry.path)) {
+            if entry.is_link && volumes::away_in(disk, volumes, &entry.path).await?.is_some() {
+                continue;
+            }
             // What it points to goes first: afterwards nothing would name it.
-            found.extend(volumes::link(disk, &entry.path).await?);
-            found.push(entry.path);
+            found.extend(volumes::link(disk, &entry.path).await?.map(orphan));
+            found.push(orphan(entry.path));
         }
     }
     Ok(found)

@@ -6,6 +6,7 @@
 //! behind it (INV-4); nothing is made, forgotten or called damaged on a volume that is not there.
 //! Knows no settings: which volumes there are, and whether each is there, is found out at start (`src/volumes.rs`).
 
+use crate::catalog::records::TopicRecord;
 use crate::disk::{Disk, make_dirs};
 use crate::error::{Result, StorageError};
 use crate::files::Entry;
@@ -101,9 +102,15 @@ impl Volumes {
     }
 
     /// The number of the volume that has, or will have, a topic's files.
-    pub fn index_of(&self, sequence: SequenceId, topic: TopicId, no: TopicNo) -> usize {
-        let dir = crate::segment::topic_dir(self.data_dir(), sequence, topic);
-        match std::fs::read_link(&dir) {
+    pub fn index_of(&self, topic: &TopicRecord) -> usize {
+        if self.list.len() == 1 {
+            return 0;
+        }
+        self.index_at(&crate::segment::topic_dir(self.data_dir(), topic.sequence, topic.id), topic.no)
+    }
+
+    fn index_at(&self, dir: &Path, no: TopicNo) -> usize {
+        match std::fs::read_link(dir) {
             Ok(target) => self.position(&target),
             Err(_) if dir.is_dir() => 0,
             Err(_) => self.position(self.home(no)),
@@ -112,6 +119,29 @@ impl Volumes {
 
     fn position(&self, path: &Path) -> usize {
         self.list.iter().rposition(|volume| path.starts_with(&volume.root)).unwrap_or(0)
+    }
+
+    /// The volume that is not there and that a path without links lies on.
+    fn away(&self, real: &Path) -> Option<&Path> {
+        self.of(real).filter(|volume| volume.role == Role::Away).map(|volume| volume.root.as_path())
+    }
+
+    /// Refuses what needs the files of a topic whose volume is not there.
+    ///
+    /// # Errors
+    /// Names the topic and the volume.
+    pub fn check_there(&self, topic: &TopicRecord) -> Result<()> {
+        if self.list.len() == 1 {
+            return Ok(());
+        }
+        let target = std::fs::read_link(crate::segment::topic_dir(self.data_dir(), topic.sequence, topic.id)).ok();
+        match target.as_deref().and_then(|target| self.away(target)) {
+            None => Ok(()),
+            Some(root) => {
+                let what = format!("topic `{}`", topic.locator);
+                Err(StorageError::Away { what, root: root.to_owned() })
+            }
+        }
     }
 
     /// The volume on which a path without links lies.
@@ -132,19 +162,23 @@ fn choose(topic: TopicNo, room: &[bool]) -> Option<usize> {
 /// # Errors
 /// When one of them cannot be made, or the topic's files lie on a volume that is not there.
 pub async fn make_topic_dir<D: Disk>(disk: &D, data_dir: &Path, home: &Path, dir: &Path) -> io::Result<()> {
-    if dir.is_dir() {
-        return Ok(());
-    }
     let (Ok(inside), Some(parent)) = (dir.strip_prefix(data_dir), dir.parent()) else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a folder of a topic"));
     };
+    let target = disk.read_link(dir).await?;
+    if target.is_none() && dir.is_dir() {
+        return Ok(());
+    }
     let real = home.join(inside);
-    match disk.read_link(dir).await? {
-        Some(target) if target != real => {
-            let text = format!("its files lie in {}, which is not there: is its volume mounted?", target.display());
-            return Err(io::Error::new(io::ErrorKind::NotFound, text));
+    if let Some(target) = target
+        && target != real
+    {
+        // Where it was begun, whatever the settings say now.
+        if target.is_dir() {
+            return Ok(());
         }
-        _ => {}
+        let text = format!("its files lie in {}, which is not there: is its volume mounted?", target.display());
+        return Err(io::Error::new(io::ErrorKind::NotFound, text));
     }
     make_dirs(disk, home, &real).await?;
     if home == data_dir {
@@ -152,26 +186,15 @@ pub async fn make_topic_dir<D: Disk>(disk: &D, data_dir: &Path, home: &Path, dir
     }
     make_dirs(disk, data_dir, parent).await?;
     disk.symlink(&real, dir).await?;
+    // Also for a link that is there: who made it may have met an error here.
     disk.sync_dir(parent).await
 }
 
 /// Removes a folder below `sequences/` on every volume beside the data folder, where only links to it are left.
 ///
 /// # Errors
-/// When one cannot be removed, or lies on a volume that is not there: the deletion waits for it.
+/// When one cannot be removed, or a part of it lies on a volume that is not there: the deletion waits for that.
 pub async fn remove_behind<D: Disk>(disk: &D, volumes: &Volumes, folder: &str) -> Result<()> {
-    if volumes.all().len() == 1 {
-        return Ok(());
-    }
-    let path = volumes.data_dir().join(folder);
-    for target in links(disk, &path).await? {
-        if let Some(away) = volumes.of(&target).filter(|volume| volume.role == Role::Away) {
-            let root = away.root.display();
-            return Err(StorageError::Directory(format!(
-                "{root} is not there: what it has of {folder} goes at the next start with it"
-            )));
-        }
-    }
     for volume in volumes.others() {
         let real = volume.root.join(folder);
         disk.remove_dir(&real).await.map_err(|error| StorageError::io("remove", &real, error))?;
@@ -183,46 +206,72 @@ pub async fn remove_behind<D: Disk>(disk: &D, volumes: &Volumes, folder: &str) -
             _ => {}
         }
     }
-    Ok(())
+    match away_in(disk, volumes, &volumes.data_dir().join(folder)).await? {
+        None => Ok(()),
+        Some(root) => Err(StorageError::Away { what: format!("a part of what was deleted ({folder})"), root }),
+    }
 }
 
-/// Where a folder of the data folder points, and the links in it.
-async fn links<D: Disk>(disk: &D, path: &Path) -> Result<Vec<PathBuf>> {
-    if let Some(target) = link(disk, path).await? {
-        return Ok(vec![target]);
+/// The volume that is not there and that a folder of the data folder, or a link in it, leads to.
+///
+/// # Errors
+/// When it cannot be looked at.
+pub async fn away_in<D: Disk>(disk: &D, volumes: &Volumes, path: &Path) -> Result<Option<PathBuf>> {
+    if volumes.all().len() == 1 {
+        return Ok(None);
     }
-    let mut targets = Vec::new();
-    for entry in list(disk, path).await?.into_iter().filter(|entry| entry.is_link) {
-        targets.extend(link(disk, &entry.path).await?);
+    let mut targets: Vec<PathBuf> = link(disk, path).await?.into_iter().collect();
+    if targets.is_empty() {
+        for entry in list(disk, path).await?.into_iter().filter(|entry| entry.is_link && !entry.is_dir) {
+            targets.extend(link(disk, &entry.path).await?);
+        }
     }
-    Ok(targets)
+    Ok(targets.iter().find_map(|target| volumes.away(target)).map(Path::to_owned))
+}
+
+/// A folder that no record owns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Orphan {
+    /// Where.
+    pub path: PathBuf,
+    /// The topic of this name lies elsewhere: whatever this one holds, nothing is lost without it.
+    pub is_copy: bool,
 }
 
 /// Folders on the volumes that no record owns or no link names: of sequences that are not known, and topics of those
-/// that are not at rest. `sequence_is_known` says the first, `unsettled` names the others.
+/// that are not at rest. `is_known` says the first, `unsettled` names the others.
 ///
 /// # Errors
 /// When a folder cannot be listed or the catalog cannot be read.
 pub async fn strays<D: Disk>(
     disk: &D,
     volumes: &Volumes,
-    mut sequence_is_known: impl FnMut(&Path) -> Result<bool>,
+    mut is_known: impl FnMut(SequenceId) -> Result<bool>,
     unsettled: &[SequenceId],
-) -> Result<Vec<PathBuf>> {
+) -> Result<Vec<Orphan>> {
     let mut found = Vec::new();
     for volume in volumes.others() {
         for entry in list(disk, &volume.root.join("sequences")).await? {
-            if !sequence_is_known(&entry.path)? {
-                found.push(entry.path);
+            // Of another name than ours: not this recorder's to remove.
+            let Some(id) = parsed_name(&entry.path, SequenceId) else { continue };
+            if !is_known(id)? {
+                found.push(Orphan { path: entry.path, is_copy: false });
             }
         }
         for sequence in unsettled {
             for entry in list(disk, &crate::segment::sequence_dir(&volume.root, *sequence)).await? {
-                let Ok(inside) = entry.path.strip_prefix(&volume.root) else { continue };
-                let named = link(disk, &volumes.data_dir().join(inside)).await?;
-                if named.as_ref() != Some(&entry.path) {
-                    found.push(entry.path);
+                let (Some(_), Ok(inside)) = (parsed_name(&entry.path, TopicId), entry.path.strip_prefix(&volume.root))
+                else {
+                    continue;
+                };
+                let name = volumes.data_dir().join(inside);
+                let named = link(disk, &name).await?;
+                if named.as_ref() == Some(&entry.path) || named.as_ref().is_some_and(|at| volumes.away(at).is_some()) {
+                    continue;
                 }
+                let siblings = list(disk, &crate::segment::sequence_dir(volumes.data_dir(), *sequence)).await?;
+                let is_copy = siblings.iter().any(|sibling| sibling.path == name && sibling.is_dir);
+                found.push(Orphan { path: entry.path, is_copy });
             }
         }
     }
@@ -319,14 +368,14 @@ mod tests {
         let others = vec![Volume::new(root("a"), Role::Keeps), Volume::new(root("b"), Role::Takes)];
         let volumes = Volumes::new(Volume::new(root("data"), Role::Keeps), others);
         let (sequence, topic) = (SequenceId::random(), TopicId::random());
-        assert_eq!(volumes.home(TopicNo(1)), root("b"));
-        assert_eq!(volumes.index_of(sequence, topic, TopicNo(1)), 2);
         let dir = crate::segment::topic_dir(&root("data"), sequence, topic);
+        assert_eq!(volumes.home(TopicNo(1)), root("b"));
+        assert_eq!(volumes.index_at(&dir, TopicNo(1)), 2);
         std::fs::create_dir_all(dir.parent().expect("one")).expect("a folder");
         std::os::unix::fs::symlink(crate::segment::topic_dir(&root("a"), sequence, topic), &dir).expect("a link");
-        assert_eq!(volumes.index_of(sequence, topic, TopicNo(1)), 1);
+        assert_eq!(volumes.index_at(&dir, TopicNo(1)), 1);
         std::fs::remove_file(&dir).expect("removed");
         std::fs::create_dir(&dir).expect("a folder");
-        assert_eq!(volumes.index_of(sequence, topic, TopicNo(1)), 0);
+        assert_eq!(volumes.index_at(&dir, TopicNo(1)), 0);
     }
 }

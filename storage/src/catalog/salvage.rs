@@ -24,13 +24,19 @@ const GROUP_BYTES: usize = 8 << 20;
 const AS_THEY_ARE: [Family; 2] = [Family::Ontologies, Family::Keys];
 
 /// Fills up `into` from the catalog in `damaged`, through a copy in `scratch`; returns what could not be
-/// had, a line each.
+/// had, a line each. A topic that `is_away` is left to the catalog that is made when its volume is there.
 ///
 /// # Errors
 /// When the copy cannot be made or opened at all, or the new catalog cannot be written.
-pub fn salvage(damaged: &Path, scratch: &Path, into: &Catalog, now_ns: i64) -> Result<Vec<String>> {
+pub fn salvage(
+    damaged: &Path,
+    scratch: &Path,
+    into: &Catalog,
+    now_ns: i64,
+    is_away: &dyn Fn(&TopicRecord) -> bool,
+) -> Result<Vec<String>> {
     copy(damaged, scratch).map_err(|error| StorageError::io("copy", damaged, error))?;
-    let result = open(scratch).and_then(|old| fill(&old, into, now_ns));
+    let result = open(scratch).and_then(|old| fill(&old, into, now_ns, is_away));
     // Of no use any more; the damaged one itself stays for whoever wants to look.
     std::fs::remove_dir_all(scratch).map_err(|error| StorageError::io("remove", scratch, error))?;
     result
@@ -123,7 +129,7 @@ impl Old<'_> {
     }
 }
 
-fn fill(pin: &Pin, into: &Catalog, now_ns: i64) -> Result<Vec<String>> {
+fn fill(pin: &Pin, into: &Catalog, now_ns: i64, is_away: &dyn Fn(&TopicRecord) -> bool) -> Result<Vec<String>> {
     let mut old = Old { pin, unreadable: 0 };
     let mut missing = Vec::new();
     let deletions: Vec<DeletionRecord> = old.records(Family::Meta, b"d")?;
@@ -141,7 +147,7 @@ fn fill(pin: &Pin, into: &Catalog, now_ns: i64) -> Result<Vec<String>> {
     for session in &sessions {
         group.change(|txn| put_session(txn, session))?;
     }
-    for topic in &topics {
+    for topic in topics.iter().filter(|topic| !is_away(topic)) {
         if group.size_bytes() > GROUP_BYTES {
             std::mem::replace(&mut group, into.group()?).commit()?;
             group = into.group()?;
