@@ -71,6 +71,9 @@ pub(crate) fn prepare(dir: &Path) -> Result<(File, u32), AnyError> {
 pub(crate) fn lock(file: &File, dir: &Path) -> Result<(), StorageError> {
     let since = Instant::now();
     while let Err(error) = rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        if error != rustix::io::Errno::WOULDBLOCK {
+            return Err(StorageError::io("lock", dir, error.into()));
+        }
         if since.elapsed() > LOCK_PATIENCE {
             let text =
                 format!("{} is in use by another flightbox ({error}); stop it or choose another folder", dir.display());
@@ -152,7 +155,7 @@ pub(crate) fn open_catalog(volumes: &Arc<Volumes>, disk: &DiskState) -> Result<O
     if std::fs::metadata(path.join("CURRENT")).is_err() && has_recordings(volumes)? {
         return rebuild_catalog(volumes, disk, "it is missing".to_owned(), &mut |_| {});
     }
-    if let Some(root) = has_come_back(volumes)? {
+    if let Some(root) = Without::read(data_dir)?.has_come_back(volumes) {
         let cause = format!("it was made while {} was not there", root.display());
         return rebuild_catalog(volumes, disk, cause, &mut |_| {});
     }
@@ -267,17 +270,22 @@ pub(crate) fn rebuild_catalog(
     let catalog = Catalog::open(&fresh, disk.direct)?;
     let mut rebuilt = from_files(volumes, disk, &catalog, progress)?;
     if aside.is_dir() {
-        let is_away = |topic: &TopicRecord| volumes.check_there(topic).is_err();
-        match salvage::salvage(&aside, &data_dir.join("catalog.salvage"), &catalog, now_ns(), &is_away) {
-            Ok(found) => rebuilt.missing.extend(found),
-            // Room is a matter of time, tails are not: the next start tries again.
-            Err(error) if error.is_full_disk() => return Err(error.into()),
-            Err(error) => rebuilt.missing.push(format!("tails and what else only the old catalog had: {error}")),
-        }
+        let take = |topic: &TopicRecord| volumes.check_there(topic).is_ok();
+        salvaged(&aside, data_dir, &catalog, &salvage::Take { all: true, topic: &take }, &mut rebuilt)?;
     } else {
         rebuilt.missing.push("the tails of open topics: rows that were in no chunk yet".to_owned());
     }
-    note_absent(volumes)?;
+    // Catalogs before that one knew the topics of volumes that were not there then.
+    let without = Without::read(data_dir)?;
+    for earlier in without.asides.iter().map(|name| data_dir.join(name)).filter(|earlier| earlier.is_dir()) {
+        let was_away = |topic: &TopicRecord| {
+            let home = volumes.there(topic);
+            home.is_some_and(|root| without.roots.iter().any(|known| known == root))
+        };
+        salvaged(&earlier, data_dir, &catalog, &salvage::Take { all: false, topic: &was_away }, &mut rebuilt)?;
+    }
+    let asides = without.asides.into_iter().chain([marker.aside.clone()]).collect();
+    Without::now(volumes, asides).write(data_dir)?;
     mark_synced(data_dir, &catalog)?;
     drop(catalog);
     files::rename(&fresh, &path).map_err(|error| StorageError::io("rename", &fresh, error))?;
@@ -331,22 +339,65 @@ impl DiskBody for RebuildBody {
     }
 }
 
-/// Notes which volumes were not there when the catalog was made.
-fn note_absent(volumes: &Volumes) -> Result<(), StorageError> {
-    let path = volumes.data_dir().join(WITHOUT);
-    let away = volumes.all().iter().filter(|volume| volume.role == Role::Away);
-    let text: String = away.map(|volume| format!("{}\n", volume.root.display())).collect();
-    let noted = if text.is_empty() { files::remove_file(&path) } else { files::replace(&path, text.as_bytes()) };
-    noted.map_err(|error| StorageError::io("write", &path, error))
+/// Fills up from an older catalog. A full disk fails: room is a matter of time, tails are not.
+fn salvaged(
+    aside: &Path,
+    data_dir: &Path,
+    into: &Catalog,
+    take: &salvage::Take<'_>,
+    rebuilt: &mut Rebuilt,
+) -> Result<(), AnyError> {
+    match salvage::salvage(aside, &data_dir.join("catalog.salvage"), into, now_ns(), take) {
+        Ok(found) => rebuilt.missing.extend(found),
+        // The next start tries again.
+        Err(error) if error.is_full_disk() => return Err(error.into()),
+        Err(error) => rebuilt.missing.push(format!("tails and what else only the old catalog had: {error}")),
+    }
+    Ok(())
 }
 
-/// One of them, if it is there now.
-fn has_come_back(volumes: &Volumes) -> Result<Option<PathBuf>, StorageError> {
-    let path = volumes.data_dir().join(WITHOUT);
-    let bytes = files::read_small(&path).map_err(|error| StorageError::io("read", &path, error))?;
-    let text = String::from_utf8_lossy(bytes.as_deref().unwrap_or(&[])).into_owned();
-    let is_away = |root: &Path| volumes.all().iter().any(|volume| volume.role == Role::Away && volume.root == root);
-    Ok(text.lines().map(PathBuf::from).find(|root| !is_away(root)))
+/// Volumes that were not there when the catalog was made from the files, and the catalogs that knew their topics.
+#[derive(Debug, Default)]
+struct Without {
+    roots: Vec<PathBuf>,
+    /// Names of folders beside the catalog.
+    asides: Vec<String>,
+}
+
+impl Without {
+    fn now(volumes: &Volumes, asides: Vec<String>) -> Self {
+        let away = volumes.all().iter().filter(|volume| volume.role == Role::Away);
+        Self { roots: away.map(|volume| volume.root.clone()).collect(), asides }
+    }
+
+    fn read(data_dir: &Path) -> Result<Self, StorageError> {
+        let path = data_dir.join(WITHOUT);
+        let bytes = files::read_small(&path).map_err(|error| StorageError::io("read", &path, error))?;
+        let mut without = Self::default();
+        for line in String::from_utf8_lossy(bytes.as_deref().unwrap_or(&[])).lines() {
+            if line.starts_with(ASIDE_PREFIX) && !line.contains('/') {
+                without.asides.push(line.to_owned());
+            } else {
+                without.roots.push(PathBuf::from(line));
+            }
+        }
+        Ok(without)
+    }
+
+    fn write(&self, data_dir: &Path) -> Result<(), StorageError> {
+        let path = data_dir.join(WITHOUT);
+        let roots = self.roots.iter().map(|root| format!("{}\n", root.display()));
+        let text: String = roots.chain(self.asides.iter().map(|aside| format!("{aside}\n"))).collect();
+        let written =
+            if self.roots.is_empty() { files::remove_file(&path) } else { files::replace(&path, text.as_bytes()) };
+        written.map_err(|error| StorageError::io("write", &path, error))
+    }
+
+    /// One that is there now.
+    fn has_come_back(&self, volumes: &Volumes) -> Option<&PathBuf> {
+        let is_away = |root: &Path| volumes.all().iter().any(|volume| volume.role == Role::Away && volume.root == root);
+        self.roots.iter().find(|root| !is_away(root))
+    }
 }
 
 fn has_recordings(volumes: &Volumes) -> Result<bool, StorageError> {

@@ -190,6 +190,10 @@ pub(crate) fn open(config: &Config) -> Result<Opened, AnyError> {
         roots.retain(|root| Some(root) != found.at.as_ref());
     }
     roots.extend(rulings.iter().filter(|(_, ruling)| present(ruling)).map(|(found, _)| found.root.clone()));
+    if forgotten {
+        // Known again: or the next start would take a folder whose disk is not mounted for a new volume.
+        roots.extend(rulings.iter().filter(|(found, _)| found.wanted).map(|(found, _)| found.root.clone()));
+    }
     let mut others = Vec::new();
     for (found, ruling) in &rulings {
         let role = match ruling {
@@ -230,7 +234,9 @@ pub(crate) fn open(config: &Config) -> Result<Opened, AnyError> {
     if now != before {
         now.write(&register)?;
     }
-    mark(Ruling::There)?;
+    if let Err(error) = mark(Ruling::There) {
+        tracing::warn!(%error, "where a volume lies now is not noted on it; the next start looks again");
+    }
     Ok(Opened { volumes, locks, notes })
 }
 
@@ -276,8 +282,12 @@ fn lock(root: &Path) -> Result<File, StorageError> {
 /// The names of topics whose volume has another path than before.
 fn find_again(volumes: Volumes) -> Result<Volumes, AnyError> {
     let state = DiskState { engine: Engine::Posix, direct: false, registered: false, notes: Vec::new() };
-    let (made, volumes) = posix::run(&state, 0, |disk| async move { (relink(&disk, &volumes).await, volumes) })?;
-    tracing::info!(links = made?, "a volume has another path than before: its topics are found there now");
+    let ((made, failed), volumes) =
+        posix::run(&state, 0, |disk| async move { (relink(&disk, &volumes).await, volumes) })?;
+    for error in failed {
+        tracing::warn!(%error, "topics of a volume that has another path than before are not found");
+    }
+    tracing::info!(links = made, "a volume has another path than before: its topics are found there now");
     Ok(volumes)
 }
 

@@ -133,7 +133,7 @@ fn a_full_volume_ends_its_own_uploads_and_new_topics_go_to_the_others() {
             let name = format!("both/s{index}");
             let topic = create_topic(&mut client, &key, &name, "image").await;
             // More than the small one holds.
-            let batches = (0..250).map(|batch| blob_batch(batch * 10, 10, 100_000)).collect();
+            let batches = (0..400).map(|batch| blob_batch(batch * 10, 10, 100_000)).collect();
             ends.push(put(&mut client, &name, &topic, batches).await.map(|_| ()));
         }
         let (well, refused): (Vec<_>, Vec<_>) = ends.into_iter().partition(Result::is_ok);

@@ -2,7 +2,7 @@
 
 use crate::harness::{
     Client, Server, action, blob, blob_batch, check_refused, create_sequence, create_topic, files_below, flightbox,
-    flightbox_may_fail, get, info, put, run, times,
+    flightbox_may_fail, get, info, put, put_and_vanish, put_descriptor, run, times,
 };
 use arrow::array::AsArray;
 use serde_json::json;
@@ -219,13 +219,24 @@ fn inv_1_and_3_a_catalog_made_again_while_a_volume_is_away_forgets_nothing_that_
             let batches = (0..3).map(|batch| blob_batch((batch * ROWS / 3) as i64, ROWS / 3, BLOB_BYTES)).collect();
             put(&mut client, &locator, &uuid, batches).await.expect("put");
         }
+        // And some that are cut, with a chunk and a tail each.
+        let mut cut = Vec::new();
+        for topic in 0..4 {
+            let locator = format!("open/cut{topic}");
+            let uuid = create_topic(&mut client, &key, &locator, "image").await;
+            let mut batches = vec![blob_batch(0, 10, BLOB_BYTES)];
+            batches.extend((10..ROWS as i64).map(|time| blob_batch(time, 1, 10)));
+            put_and_vanish(&server, put_descriptor(&locator, &uuid), batches).await;
+            cut.push(locator);
+        }
+        let durable = durable_rows(&mut client, &cut).await;
         drop(client);
         server.kill();
         let away = disks.second.path().with_extension("away");
         std::fs::rename(disks.second.path(), &away).expect("renamed");
         for start in 0..2 {
             if start == 0 {
-                std::fs::remove_dir_all(disks.data.path().join("catalog")).expect("removed");
+                lose_end_of_log(disks.data.path());
             }
             let mut server = disks.start();
             let mut client = server.client().await;
@@ -244,6 +255,7 @@ fn inv_1_and_3_a_catalog_made_again_while_a_volume_is_away_forgets_nothing_that_
         for name in ["drive", "open", "later0", "later1"] {
             check_all_whole(&mut client, name).await;
         }
+        assert_eq!(durable_rows(&mut client, &cut).await, durable, "what was acknowledged, tails included");
         drop(client);
         server.stop();
         // Made again for it once: the next start leaves it as it is.
@@ -254,9 +266,94 @@ fn inv_1_and_3_a_catalog_made_again_while_a_volume_is_away_forgets_nothing_that_
         server.stop();
         let entries = std::fs::read_dir(disks.data.path()).expect("readable").map(|entry| entry.expect("an entry"));
         let aside = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("catalog.damaged-"));
-        assert_eq!(aside.count(), 1);
+        assert_eq!(aside.count(), 2, "once when its log was short, once when the volume came back");
         let (told, clean) = disks.verify();
         assert!(clean, "{told}");
+    });
+}
+
+/// Durable rows of topics.
+async fn durable_rows(client: &mut Client, topics: &[String]) -> Vec<u64> {
+    let mut rows = Vec::new();
+    for topic in topics {
+        let status = action(client, "topic_status", json!({ "name": topic })).await.expect("status");
+        rows.push(status["rows"].as_u64().expect("rows"));
+    }
+    rows
+}
+
+/// As if the end of the catalog's log had been lost: it is made again, and gives what it has.
+fn lose_end_of_log(data: &Path) {
+    std::fs::write(data.join("catalog.synced"), "999999999\n").expect("written");
+}
+
+#[test]
+fn inv_1_an_unmounted_disk_is_not_taken_for_a_new_one_when_the_data_folder_is_lost_as_well() {
+    run(async {
+        let disks = Disks::new();
+        let mut server = disks.start();
+        let mut client = server.client().await;
+        record(&mut client, "drive").await;
+        drop(client);
+        server.stop();
+        let away = disks.second.path().with_extension("away");
+        std::fs::rename(disks.second.path(), &away).expect("renamed");
+        std::fs::create_dir(disks.second.path()).expect("where it is mounted");
+        std::fs::remove_dir_all(disks.data.path()).expect("removed");
+        std::fs::create_dir(disks.data.path()).expect("a folder");
+        for start in 0..2 {
+            let mut server = disks.start();
+            let mut client = server.client().await;
+            record(&mut client, &format!("later{start}")).await;
+            assert_eq!(
+                std::fs::read_dir(disks.second.path()).expect("readable").count(),
+                0,
+                "nothing is written there"
+            );
+            drop(client);
+            server.stop();
+        }
+        std::fs::remove_dir(disks.second.path()).expect("removed");
+        std::fs::rename(&away, disks.second.path()).expect("renamed");
+        let server = disks.start();
+        let mut client = server.client().await;
+        for name in ["drive", "later0", "later1"] {
+            check_all_whole(&mut client, name).await;
+        }
+    });
+}
+
+#[test]
+fn inv_4_what_was_deleted_while_its_volume_was_away_does_not_come_back_with_it() {
+    run(async {
+        let disks = Disks::new();
+        let mut server = disks.start();
+        let mut client = server.client().await;
+        record(&mut client, "drive").await;
+        for topic in topics_on(disks.data.path(), "drive", disks.second.path()) {
+            action(&mut client, "topic_delete", json!({ "locator": topic })).await.expect("deleted");
+        }
+        drop(client);
+        server.stop();
+        // Nothing of it is on the second any more, not even what it says of the recording.
+        assert_eq!(files_below(&disks.second.path().join("sequences")), Vec::<PathBuf>::new());
+        let away = disks.second.path().with_extension("away");
+        std::fs::rename(disks.second.path(), &away).expect("renamed");
+        let mut server = disks.start();
+        let mut client = server.client().await;
+        action(&mut client, "sequence_delete", json!({ "locator": "drive" })).await.expect("deleted");
+        drop(client);
+        server.stop();
+        std::fs::rename(&away, disks.second.path()).expect("renamed");
+        let mut server = disks.start();
+        let mut client = server.client().await;
+        check_refused(get(&mut client, "drive/t0").await, Code::NotFound, &["drive"]);
+        let told = info(&mut client).await["health"]["catalog"].clone();
+        assert_eq!(told, "ok");
+        drop(client);
+        server.stop();
+        let aside = disks.data.path().read_dir().expect("readable").filter_map(Result::ok);
+        assert!(!aside.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with("catalog.damaged")));
     });
 }
 

@@ -99,7 +99,8 @@ impl Config {
         };
         at_least("memory_budget", memory_budget_bytes, 32 << 20, "32MiB")?;
         let touch_memory_bytes = match raw.get("touch_memory").text.as_str() {
-            "auto" => memory_budget_bytes / 2,
+            // What received messages may hold.
+            "auto" => memory_budget_bytes - memory_budget_bytes / 4,
             _ => size(raw.get("touch_memory"))?.min(memory_budget_bytes),
         };
         let data_dirs = folders(raw.get("data_dirs"))?;
@@ -291,7 +292,7 @@ mod tests {
         assert_eq!(config.memory_budget_bytes, 2 << 30);
         assert_eq!(config.writers, 4);
         assert_eq!(config.front_threads, 4);
-        assert_eq!(config.touch_memory_bytes, 1 << 30);
+        assert_eq!(config.touch_memory_bytes, 3 << 29);
         assert_eq!(config.stream_window_bytes, 512 << 10);
     }
 

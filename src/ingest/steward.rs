@@ -11,13 +11,13 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use storage::catalog::keys::{self, Family};
-use storage::catalog::records::{SequenceRecord, SessionRecord, TopicRecord};
+use storage::catalog::records::{DeletionRecord, SequenceRecord, SessionRecord, TopicRecord};
 use storage::catalog::skip::plan_fold;
 use storage::catalog::{Catalog, Look, Txn};
 use storage::disk::{Disk, IoCounters};
 use storage::ids::{SequenceId, TopicNo};
 use storage::recover::{self, TopicReceipt};
-use storage::volumes::{Orphan, Volumes};
+use storage::volumes::{Orphan, OrphanKind, Volumes};
 use storage::{StorageError, found, manifest, segment};
 use tokio::sync::{mpsc, oneshot};
 
@@ -113,7 +113,11 @@ impl Context {
         if !result.as_ref().is_err_and(StorageError::is_full_disk) {
             return false;
         }
-        let volume = topic.map_or(0, |topic| self.volumes.index_of(topic));
+        let path = result.as_ref().err().and_then(StorageError::path);
+        let volume = match topic {
+            Some(topic) => self.volumes.index_of(topic),
+            None => path.map_or(0, |path| self.volumes.of_path(path)),
+        };
         self.health.reserve_released(volume).await
     }
 }
@@ -192,7 +196,7 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
 /// The manifest says that a topic is locked, where no footer of it does.
 async fn note_lock<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord) -> Outcome {
     match context.catalog.sequence(topic.sequence)? {
-        Some(sequence) => manifest::write(disk, &context.catalog, &context.volumes, &sequence).await,
+        Some(sequence) => manifest::write(disk, &context.catalog, context.data_dir(), &sequence).await,
         None => Ok(()),
     }
 }
@@ -275,13 +279,13 @@ async fn remove_orphans<D: Disk>(
         .flat_map(|folder| context.volumes.all().iter().map(move |volume| volume.root.join(&folder)))
         .collect();
     let mut removed = Vec::new();
-    for Orphan { path, is_copy } in recover::orphans(disk, &context.catalog, &context.volumes, unsettled).await? {
+    for Orphan { path, kind } in recover::orphans(disk, &context.catalog, &context.volumes, unsettled).await? {
         // Deletions have records of their own: what says whose it is was lost by the catalog, not by its owner.
         if deleting.contains(&path) {
             continue;
         }
-        if found::says_whose(disk, &path).await {
-            if is_copy {
+        if kind != OrphanKind::Leftover && found::says_whose(disk, &path).await {
+            if kind == OrphanKind::Copy {
                 tracing::warn!(path = %path.display(), "a copy of a topic that lies elsewhere: left alone");
                 continue;
             }
@@ -308,8 +312,9 @@ async fn settle<D: Disk>(disk: &D, context: &Context, sequence: &SequenceRecord)
         return Ok(()); // Deleted meanwhile.
     }
     let sessions = catalog.sessions_of(id)?;
-    manifest::write(disk, catalog, &context.volumes, sequence).await?;
+    manifest::write(disk, catalog, data_dir, sequence).await?;
     recover::link_browse(disk, catalog, data_dir, sequence).await?;
+    copy_manifest(disk, context, sequence).await;
     for topic in catalog.topics_of(id)? {
         let unsealed = catalog.segments(topic.no)?.iter().any(|segment| segment.sealed_length.is_none());
         if unsealed || topic.completed_at_ns.is_none() {
@@ -345,20 +350,34 @@ async fn fold(context: &Context, topic: TopicNo, everything: bool) -> Outcome {
 }
 
 async fn remove<D: Disk>(disk: &D, context: &Context, ticket: [u8; 16], folders: &[String]) -> Outcome {
-    recover::remove_folders(disk, &context.volumes, folders).await?;
+    let waiting = recover::remove_folders(disk, &context.volumes, folders).await?;
     // What is left of a finalized sequence must not bring the rest back when the catalog is made again.
     for sequence in folders.iter().filter_map(|folder| sequence_of(folder)).collect::<BTreeSet<_>>() {
         if let Some(record) = context.catalog.sequence(sequence)? {
-            manifest::write(disk, &context.catalog, &context.volumes, &record).await?;
+            manifest::write(disk, &context.catalog, context.data_dir(), &record).await?;
+            copy_manifest(disk, context, &record).await;
         }
     }
+    // What waits must not take along, at the next start, what was recorded under the same name meanwhile.
+    let (remaining, cause) = waiting.map_or((None, Ok(())), |waiting| (Some(waiting.folders), Err(waiting.cause)));
     context
         .committer
-        .change(move |txn, _| {
-            txn.delete(Family::Meta, keys::deletion(&ticket));
-            Ok(())
+        .change(move |txn, _| match remaining {
+            Some(folders) => txn.put(Family::Meta, keys::deletion(&ticket), &DeletionRecord { ticket, folders }),
+            None => {
+                txn.delete(Family::Meta, keys::deletion(&ticket));
+                Ok(())
+            }
         })
-        .await
+        .await?;
+    cause
+}
+
+/// The volumes' own manifests: what a disk that is sick does not take is no reason to fail.
+async fn copy_manifest<D: Disk>(disk: &D, context: &Context, sequence: &SequenceRecord) {
+    if let Err(error) = manifest::write_copies(disk, &context.catalog, &context.volumes, sequence).await {
+        tracing::warn!(sequence = sequence.name, %error, "a volume has no manifest of it");
+    }
 }
 
 /// The sequence in whose folder a removed folder lay.

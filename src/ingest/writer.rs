@@ -281,15 +281,14 @@ impl<D: Disk> Writer<D> {
         let horizon = if is_look { now + interval } else { now };
         let touched = self.touched.take();
         let of_all = is_look || self.context.budget.is_short();
-        let topics = if of_all {
-            self.held_up.borrow_mut().clear();
-            self.topics.borrow().values().cloned().collect()
-        } else if self.has_place() {
-            let held_up = self.held_up.take();
-            held_up.into_iter().chain(touched).collect()
+        // Those that wait longest come first.
+        let mut topics = if of_all || self.has_place() { self.held_up.take() } else { Vec::new() };
+        if of_all {
+            let first: HashSet<TopicNo> = topics.iter().map(|topic| topic.record.no).collect();
+            topics.extend(self.topics.borrow().values().filter(|topic| !first.contains(&topic.record.no)).cloned());
         } else {
-            touched
-        };
+            topics.extend(touched);
+        }
         let giving_way = self.giving_way(&topics);
         let mut pace = if of_all { Pace::Idle } else { self.pace.get() };
         let until_look = interval.saturating_sub(now.duration_since(self.looked.get().unwrap_or(now)));

@@ -1,6 +1,6 @@
 //! What can go wrong below the wire. Variants carry facts; the text is for an operator.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Any failure of the storage crate.
@@ -86,6 +86,14 @@ impl StorageError {
     /// Wraps an I/O error with the operation and the file.
     pub fn io(op: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Self::Io { op, path: path.into(), source: Arc::new(source) }
+    }
+
+    /// The file that it is about, if it is about one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Io { path, .. } => Some(path),
+            _ => None,
+        }
     }
 
     /// Whether the catalog says that its own bytes are damaged.

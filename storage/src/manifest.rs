@@ -51,6 +51,21 @@ pub struct LockedTopic {
 }
 
 impl Manifest {
+    /// Adds what another one knows and this does not: topics, sessions and their ends. Nothing here is replaced.
+    fn merge(&mut self, other: Self) {
+        for topic in other.topics {
+            if self.topics.iter().all(|known| known.record.id != topic.record.id) {
+                self.topics.push(topic);
+            }
+        }
+        for session in other.sessions {
+            match self.sessions.iter_mut().find(|known| known.id == session.id) {
+                None => self.sessions.push(session),
+                Some(known) => known.completed_at_ns = known.completed_at_ns.or(session.completed_at_ns),
+            }
+        }
+    }
+
     /// Gathers what the catalog knows of a sequence.
     ///
     /// # Errors
@@ -105,35 +120,65 @@ pub fn path(data_dir: &Path, sequence: SequenceId) -> PathBuf {
     segment::sequence_dir(data_dir, sequence).join("manifest")
 }
 
-/// Writes the manifest of a sequence, unless it is there as it should be; also on each volume that has topics of it, so
-/// that these come back as they were when the data folder is lost.
+/// Writes the manifest of a sequence, unless it is there as it should be.
 ///
 /// # Errors
 /// When it cannot be written or the catalog cannot be read.
-pub async fn write<D: Disk>(disk: &D, look: &impl Look, volumes: &Volumes, sequence: &SequenceRecord) -> Result<()> {
+pub async fn write<D: Disk>(disk: &D, look: &impl Look, data_dir: &Path, sequence: &SequenceRecord) -> Result<()> {
     let bytes = Manifest::gather(look, sequence)?.encode()?;
-    write_to(disk, volumes.data_dir(), sequence.id, &bytes).await?;
-    for volume in volumes.others() {
-        let dir = segment::sequence_dir(&volume.root, sequence.id);
-        let topics = disk.list(&dir).await.map_err(|error| StorageError::io("list", &dir, error))?;
-        if topics.iter().any(|entry| entry.is_dir) {
-            write_to(disk, &volume.root, sequence.id, &bytes).await?;
-        }
-    }
-    Ok(())
+    write_to(disk, data_dir, sequence.id, &bytes).await
 }
 
-/// The manifest of a sequence: the data folder's, or the first whole one of a volume.
-pub async fn read<D: Disk>(disk: &D, volumes: &Volumes, sequence: SequenceId) -> Option<Manifest> {
-    let roots = volumes.others().map(|volume| volume.root.as_path());
-    for root in std::iter::once(volumes.data_dir()).chain(roots) {
-        let bytes = disk.read_small(&path(root, sequence)).await.ok().flatten();
-        let manifest = bytes.and_then(|bytes| Manifest::decode(&bytes));
-        if let Some(manifest) = manifest.filter(|manifest| manifest.sequence.id == sequence) {
-            return Some(manifest);
-        }
+/// Writes it on each volume that has topics of the sequence as well, and removes it from others: so that the topics come
+/// back as they were when the data folder is lost.
+///
+/// # Errors
+/// The first of those volumes where it cannot be written; the others have it.
+pub async fn write_copies<D: Disk>(
+    disk: &D,
+    look: &impl Look,
+    volumes: &Volumes,
+    sequence: &SequenceRecord,
+) -> Result<()> {
+    let bytes = Manifest::gather(look, sequence)?.encode()?;
+    let mut failed = Ok(());
+    for volume in volumes.others() {
+        failed = failed.and(write_copy(disk, &volume.root, sequence.id, &bytes).await);
     }
-    None
+    failed
+}
+
+async fn write_copy<D: Disk>(disk: &D, root: &Path, sequence: SequenceId, bytes: &[u8]) -> Result<()> {
+    let dir = segment::sequence_dir(root, sequence);
+    let topics = disk.list(&dir).await.map_err(|error| StorageError::io("list", &dir, error))?;
+    if topics.iter().any(|entry| entry.is_dir) {
+        return write_to(disk, root, sequence, bytes).await;
+    }
+    let path = path(root, sequence);
+    disk.remove_file(&path).await.map_err(|error| StorageError::io("remove", path, error))
+}
+
+/// The manifest of a sequence: the data folder's, with what only those of the volumes know of topics that lie there.
+pub async fn read<D: Disk>(disk: &D, volumes: &Volumes, sequence: SequenceId) -> Option<Manifest> {
+    let mut found = read_from(disk, volumes.data_dir(), sequence).await;
+    for volume in volumes.others() {
+        let Some(mut copy) = read_from(disk, &volume.root, sequence).await else { continue };
+        let Some(found) = &mut found else {
+            found = Some(copy);
+            continue;
+        };
+        let dir = segment::sequence_dir(&volume.root, sequence);
+        let here: Vec<PathBuf> =
+            disk.list(&dir).await.unwrap_or_default().into_iter().map(|entry| entry.path).collect();
+        copy.topics.retain(|topic| here.contains(&dir.join(topic.record.id.to_string())));
+        found.merge(copy);
+    }
+    found
+}
+
+async fn read_from<D: Disk>(disk: &D, root: &Path, sequence: SequenceId) -> Option<Manifest> {
+    let bytes = disk.read_small(&path(root, sequence)).await.ok().flatten()?;
+    Manifest::decode(&bytes).filter(|manifest| manifest.sequence.id == sequence)
 }
 
 async fn write_to<D: Disk>(disk: &D, root: &Path, sequence: SequenceId, bytes: &[u8]) -> Result<()> {

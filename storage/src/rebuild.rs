@@ -74,7 +74,8 @@ pub async fn rebuild<D: Disk>(
             away.root.display()
         ));
     }
-    volumes::relink(disk, volumes).await?;
+    // A sick disk does not keep the others' recordings from coming back.
+    done.missing.extend(volumes::relink(disk, volumes).await.1.iter().map(ToString::to_string));
     for entry in list(disk, &volumes.data_dir().join("sequences")).await? {
         let topics = sequence(disk, volumes, into, &entry, now_ns, &mut done).await?;
         next_topic = next_topic.max(topics);
@@ -379,7 +380,7 @@ fn holes(chunks: &[Found], rows: u64) -> Vec<(u64, u64)> {
 
 /// Where a path lies in truth, and where it is kept when it is of no use there; the folders above that are made.
 async fn lost_and_found<D: Disk>(disk: &D, volumes: &Volumes, path: &Path) -> Result<(PathBuf, PathBuf)> {
-    let real = volumes::real(disk, path).await?;
+    let real = volumes::real(disk, volumes, path).await?;
     let (root, to) = volumes::lost_and_found(volumes, &real);
     if let Some(parent) = to.parent() {
         crate::disk::make_dirs(disk, &root, parent)
@@ -397,12 +398,20 @@ async fn keep_copy<D: Disk>(disk: &D, volumes: &Volumes, path: &Path, done: &mut
 }
 
 async fn set_aside<D: Disk>(disk: &D, volumes: &Volumes, path: &Path, done: &mut Rebuilt) -> Result<()> {
-    let (real, to) = lost_and_found(disk, volumes, path).await?;
-    disk.rename(&real, &to).await.map_err(|error| StorageError::io("move", path, error))?;
-    if volumes::link(disk, path).await?.is_some() {
-        disk.remove_file(path).await.map_err(|error| StorageError::io("remove", path, error))?;
+    let moved = async {
+        let (real, to) = lost_and_found(disk, volumes, path).await?;
+        disk.rename(&real, &to).await.map_err(|error| StorageError::io("move", path, error))?;
+        if volumes::link(disk, path).await?.is_some() {
+            disk.remove_file(path).await.map_err(|error| StorageError::io("remove", path, error))?;
+        }
+        Ok::<_, StorageError>(to)
+    };
+    match moved.await {
+        Ok(to) => done.moved.push(to),
+        // It stays where it is; that of another volume does not keep the rest from coming back.
+        Err(error) if volumes::real(disk, volumes, path).await? != path => done.missing.push(error.to_string()),
+        Err(error) => return Err(error),
     }
-    done.moved.push(to);
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use crate::manifest;
 use crate::rebuild::Rebuilt;
 use crate::schema::TopicSchema;
 use crate::segment::{self, FooterFacts, Head, TopicFacts};
-use crate::volumes::{self, Orphan, Volumes};
+use crate::volumes::{self, Orphan, OrphanKind, Volumes};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -243,49 +243,60 @@ pub fn browse_dir(data_dir: &Path, locator: &str) -> PathBuf {
     data_dir.join("browse").join(locator)
 }
 
+/// Folders of a deletion that could not be removed yet, and why.
+#[derive(Debug)]
+pub struct Waiting {
+    /// Names as they were given.
+    pub folders: Vec<String>,
+    /// The first cause.
+    pub cause: StorageError,
+}
+
 /// Removes folders of a deletion, with the folders' parents made durable. A name that ends in `/*`
 /// means the files in that folder, and the folder only if nothing else is in it: another topic's
-/// folder may lie below.
+/// folder may lie below. Returns those that wait for a volume; the others go all the same, because deleting makes room.
 ///
 /// # Errors
 /// When one cannot be removed; the deletion's record then stays, and the next start tries again.
-pub async fn remove_folders<D: Disk>(disk: &D, volumes: &Volumes, folders: &[String]) -> Result<()> {
-    let data_dir = volumes.data_dir();
-    let mut waiting = None;
+pub async fn remove_folders<D: Disk>(disk: &D, volumes: &Volumes, folders: &[String]) -> Result<Option<Waiting>> {
+    let mut waiting: Option<Waiting> = None;
     for folder in folders {
         if folder.starts_with("sequences/")
-            && let Err(error) = volumes::remove_behind(disk, volumes, folder).await
+            && let Err(cause) = volumes::remove_behind(disk, volumes, folder).await
         {
-            // The others go all the same: deleting makes room.
-            waiting = waiting.or(Some(error));
-            continue;
+            let waiting = waiting.get_or_insert(Waiting { folders: Vec::new(), cause });
+            waiting.folders.push(folder.clone());
+        } else {
+            remove_folder(disk, volumes.data_dir(), folder).await?;
         }
-        let (path, only_files) = match folder.strip_suffix("/*") {
-            Some(folder) => (data_dir.join(folder), true),
-            None => (data_dir.join(folder), false),
-        };
-        let mut remains = false;
-        if only_files {
-            for entry in list(disk, &path).await? {
-                remains |= entry.is_dir;
-                if !entry.is_dir {
-                    remove_file(disk, &entry.path).await?;
-                }
-            }
-        }
-        if !remains {
-            disk.remove_dir(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
-        }
-        if let Some(parent) = path.parent() {
-            match disk.sync_dir(parent).await {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(StorageError::io("sync folder", parent, error));
-                }
-                _ => {}
+    }
+    Ok(waiting)
+}
+
+async fn remove_folder<D: Disk>(disk: &D, data_dir: &Path, folder: &str) -> Result<()> {
+    let (path, only_files) = match folder.strip_suffix("/*") {
+        Some(folder) => (data_dir.join(folder), true),
+        None => (data_dir.join(folder), false),
+    };
+    let mut remains = false;
+    if only_files {
+        for entry in list(disk, &path).await? {
+            remains |= entry.is_dir;
+            if !entry.is_dir {
+                remove_file(disk, &entry.path).await?;
             }
         }
     }
-    waiting.map_or(Ok(()), Err)
+    if !remains {
+        disk.remove_dir(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
+    }
+    let Some(parent) = path.parent() else { return Ok(()) };
+    match disk.sync_dir(parent).await {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(StorageError::io("sync folder", parent, error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The files in a topic's folder.
@@ -330,7 +341,7 @@ pub async fn orphans<D: Disk>(
     let ids: Vec<SequenceId> = unsettled.iter().map(|sequence| sequence.id).collect();
     let is_known = |id: SequenceId| Ok(look.sequence(id)?.is_some());
     let mut found = volumes::strays(disk, volumes, is_known, &ids).await?;
-    let orphan = |path: PathBuf| Orphan { path, is_copy: false };
+    let orphan = |path: PathBuf| Orphan { path, kind: OrphanKind::Unknown };
     for entry in list(disk, &data_dir.join("sequences")).await? {
         let id = entry.path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
         let known = match id {
@@ -355,7 +366,7 @@ pub async fn orphans<D: Disk>(
                 continue;
             }
             // What it points to goes first: afterwards nothing would name it.
-            found.extend(volumes::link(disk, &entry.path).await?.map(orphan));
+            found.extend(volumes::behind(disk, volumes, &entry.path).await?.map(orphan));
             found.push(orphan(entry.path));
         }
     }

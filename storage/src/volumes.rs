@@ -126,6 +126,18 @@ impl Volumes {
         self.of(real).filter(|volume| volume.role == Role::Away).map(|volume| volume.root.as_path())
     }
 
+    /// The root of the volume beside the data folder, and there, that a topic's files lie on.
+    pub fn there(&self, topic: &TopicRecord) -> Option<&Path> {
+        let dir = crate::segment::topic_dir(self.data_dir(), topic.sequence, topic.id);
+        let target = std::fs::read_link(dir).ok()?;
+        self.of(&target).filter(|volume| volume.role != Role::Away).map(|volume| volume.root.as_path())
+    }
+
+    /// The number of the volume that a path lies on, as far as the path says.
+    pub fn of_path(&self, path: &Path) -> usize {
+        self.position(path)
+    }
+
     /// Refuses what needs the files of a topic whose volume is not there.
     ///
     /// # Errors
@@ -234,8 +246,19 @@ pub async fn away_in<D: Disk>(disk: &D, volumes: &Volumes, path: &Path) -> Resul
 pub struct Orphan {
     /// Where.
     pub path: PathBuf,
-    /// The topic of this name lies elsewhere: whatever this one holds, nothing is lost without it.
-    pub is_copy: bool,
+    /// What is known of it.
+    pub kind: OrphanKind,
+}
+
+/// What is known of a folder that no record owns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OrphanKind {
+    /// Nothing: if it says whose it is, the catalog has forgotten it.
+    Unknown,
+    /// The topic of this name lies elsewhere: what this one holds was forgotten by nobody.
+    Copy,
+    /// No topic is in it.
+    Leftover,
 }
 
 /// Folders on the volumes that no record owns or no link names: of sequences that are not known, and topics of those
@@ -255,7 +278,10 @@ pub async fn strays<D: Disk>(
             // Of another name than ours: not this recorder's to remove.
             let Some(id) = parsed_name(&entry.path, SequenceId) else { continue };
             if !is_known(id)? {
-                found.push(Orphan { path: entry.path, is_copy: false });
+                let topics = list(disk, &entry.path).await?;
+                let kind =
+                    if topics.iter().any(|topic| topic.is_dir) { OrphanKind::Unknown } else { OrphanKind::Leftover };
+                found.push(Orphan { path: entry.path, kind });
             }
         }
         for sequence in unsettled {
@@ -271,7 +297,8 @@ pub async fn strays<D: Disk>(
                 }
                 let siblings = list(disk, &crate::segment::sequence_dir(volumes.data_dir(), *sequence)).await?;
                 let is_copy = siblings.iter().any(|sibling| sibling.path == name && sibling.is_dir);
-                found.push(Orphan { path: entry.path, is_copy });
+                let kind = if is_copy { OrphanKind::Copy } else { OrphanKind::Unknown };
+                found.push(Orphan { path: entry.path, kind });
             }
         }
     }
@@ -279,47 +306,61 @@ pub async fn strays<D: Disk>(
 }
 
 /// Gives every topic's folder on the volumes its name in the data folder again, where that has none or one that leads
-/// nowhere; returns how many.
-///
-/// # Errors
-/// When a folder cannot be listed or a link cannot be made.
-pub async fn relink<D: Disk>(disk: &D, volumes: &Volumes) -> Result<u64> {
+/// nowhere; returns how many, and of which volumes not.
+pub async fn relink<D: Disk>(disk: &D, volumes: &Volumes) -> (u64, Vec<StorageError>) {
     let mut made = 0;
+    let mut failed = Vec::new();
     for volume in volumes.others() {
-        for sequence in list(disk, &volume.root.join("sequences")).await? {
-            let Some(name) = parsed_name::<SequenceId>(&sequence.path, SequenceId) else { continue };
-            let dir = crate::segment::sequence_dir(volumes.data_dir(), name);
-            let known = list(disk, &dir).await?;
-            for topic in list(disk, &sequence.path).await? {
-                let Some(id) = parsed_name(&topic.path, TopicId).filter(|_| topic.is_dir) else { continue };
-                let at = dir.join(id.to_string());
-                let named = known.iter().find(|entry| entry.path == at);
-                if named.is_some_and(|entry| entry.is_dir) {
-                    continue;
-                }
-                let linked = async {
-                    if named.is_some_and(|entry| entry.is_link) {
-                        disk.remove_file(&at).await?;
-                    }
-                    make_dirs(disk, volumes.data_dir(), &dir).await?;
-                    disk.symlink(&topic.path, &at).await?;
-                    disk.sync_dir(&dir).await
-                };
-                linked.await.map_err(|error| StorageError::io("link", &at, error))?;
-                made += 1;
+        match relink_one(disk, volumes, volume).await {
+            Ok(links) => made += links,
+            Err(error) => failed.push(error),
+        }
+    }
+    (made, failed)
+}
+
+async fn relink_one<D: Disk>(disk: &D, volumes: &Volumes, volume: &Volume) -> Result<u64> {
+    let mut made = 0;
+    for sequence in list(disk, &volume.root.join("sequences")).await? {
+        let Some(name) = parsed_name::<SequenceId>(&sequence.path, SequenceId) else { continue };
+        let dir = crate::segment::sequence_dir(volumes.data_dir(), name);
+        let known = list(disk, &dir).await?;
+        for topic in list(disk, &sequence.path).await? {
+            let Some(id) = parsed_name(&topic.path, TopicId).filter(|_| topic.is_dir) else { continue };
+            let at = dir.join(id.to_string());
+            let named = known.iter().find(|entry| entry.path == at);
+            if named.is_some_and(|entry| entry.is_dir) {
+                continue;
             }
+            let linked = async {
+                if named.is_some_and(|entry| entry.is_link) {
+                    disk.remove_file(&at).await?;
+                }
+                make_dirs(disk, volumes.data_dir(), &dir).await?;
+                disk.symlink(&topic.path, &at).await?;
+                disk.sync_dir(&dir).await
+            };
+            linked.await.map_err(|error| StorageError::io("link", &at, error))?;
+            made += 1;
         }
     }
     Ok(made)
 }
 
 /// A path of the data folder without links: a topic's folder, or what is in it.
-pub(crate) async fn real<D: Disk>(disk: &D, path: &Path) -> Result<PathBuf> {
-    if let Some(target) = link(disk, path).await? {
+pub(crate) async fn real<D: Disk>(disk: &D, volumes: &Volumes, path: &Path) -> Result<PathBuf> {
+    if let Some(target) = behind(disk, volumes, path).await? {
         return Ok(target);
     }
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(path.to_owned()) };
-    Ok(link(disk, parent).await?.map_or_else(|| path.to_owned(), |target| target.join(name)))
+    Ok(behind(disk, volumes, parent).await?.map_or_else(|| path.to_owned(), |target| target.join(name)))
+}
+
+/// The folder on a volume that a link of ours names: at the same path below the volume's root. `None` for others.
+pub(crate) async fn behind<D: Disk>(disk: &D, volumes: &Volumes, path: &Path) -> Result<Option<PathBuf>> {
+    let Ok(inside) = path.strip_prefix(volumes.data_dir()) else { return Ok(None) };
+    let target = link(disk, path).await?;
+    Ok(target.filter(|target| volumes.all().iter().skip(1).any(|volume| *target == volume.root.join(inside))))
 }
 
 /// Where on its own volume a file or folder is kept that is of no use where it lies.

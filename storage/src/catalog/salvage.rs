@@ -23,20 +23,29 @@ const GROUP_BYTES: usize = 8 << 20;
 /// Families whose values are taken as they are where the new catalog has none.
 const AS_THEY_ARE: [Family; 2] = [Family::Ontologies, Family::Keys];
 
+/// What is taken of a damaged catalog.
+pub struct Take<'a> {
+    /// Everything that topics do not have alone: sequences, deletions, keys and the rest.
+    pub all: bool,
+    /// Which topics, of sequences that are known. One whose volume is not there is left to the catalog that is made
+    /// when it is.
+    pub topic: &'a dyn Fn(&TopicRecord) -> bool,
+}
+
+impl std::fmt::Debug for Take<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Take").field("all", &self.all).finish_non_exhaustive()
+    }
+}
+
 /// Fills up `into` from the catalog in `damaged`, through a copy in `scratch`; returns what could not be
-/// had, a line each. A topic that `is_away` is left to the catalog that is made when its volume is there.
+/// had, a line each.
 ///
 /// # Errors
 /// When the copy cannot be made or opened at all, or the new catalog cannot be written.
-pub fn salvage(
-    damaged: &Path,
-    scratch: &Path,
-    into: &Catalog,
-    now_ns: i64,
-    is_away: &dyn Fn(&TopicRecord) -> bool,
-) -> Result<Vec<String>> {
+pub fn salvage(damaged: &Path, scratch: &Path, into: &Catalog, now_ns: i64, take: &Take<'_>) -> Result<Vec<String>> {
     copy(damaged, scratch).map_err(|error| StorageError::io("copy", damaged, error))?;
-    let result = open(scratch).and_then(|old| fill(&old, into, now_ns, is_away));
+    let result = open(scratch).and_then(|old| fill(&old, into, now_ns, take));
     // Of no use any more; the damaged one itself stays for whoever wants to look.
     std::fs::remove_dir_all(scratch).map_err(|error| StorageError::io("remove", scratch, error))?;
     result
@@ -129,7 +138,7 @@ impl Old<'_> {
     }
 }
 
-fn fill(pin: &Pin, into: &Catalog, now_ns: i64, is_away: &dyn Fn(&TopicRecord) -> bool) -> Result<Vec<String>> {
+fn fill(pin: &Pin, into: &Catalog, now_ns: i64, take: &Take<'_>) -> Result<Vec<String>> {
     let mut old = Old { pin, unreadable: 0 };
     let mut missing = Vec::new();
     let deletions: Vec<DeletionRecord> = old.records(Family::Meta, b"d")?;
@@ -137,17 +146,19 @@ fn fill(pin: &Pin, into: &Catalog, now_ns: i64, is_away: &dyn Fn(&TopicRecord) -
     let sessions: Vec<SessionRecord> = old.records(Family::Sessions, b"i")?;
     let topics: Vec<TopicRecord> = old.records(Family::Topics, b"i")?;
     let mut group = into.group()?;
-    for deletion in &deletions {
+    for deletion in deletions.iter().filter(|_| take.all) {
         group.change(|txn| forget(txn, deletion))?;
     }
     let gone: HashSet<&str> = deletions.iter().flat_map(|deletion| &deletion.folders).map(String::as_str).collect();
-    for sequence in sequences.iter().filter(|sequence| !gone.contains(format!("sequences/{}", sequence.id).as_str())) {
+    for sequence in
+        sequences.iter().filter(|sequence| take.all && !gone.contains(format!("sequences/{}", sequence.id).as_str()))
+    {
         group.change(|txn| put_sequence(txn, sequence))?;
     }
-    for session in &sessions {
+    for session in sessions.iter().filter(|_| take.all) {
         group.change(|txn| put_session(txn, session))?;
     }
-    for topic in topics.iter().filter(|topic| !is_away(topic)) {
+    for topic in topics.iter().filter(|topic| (take.topic)(topic)) {
         if group.size_bytes() > GROUP_BYTES {
             std::mem::replace(&mut group, into.group()?).commit()?;
             group = into.group()?;
@@ -155,6 +166,10 @@ fn fill(pin: &Pin, into: &Catalog, now_ns: i64, is_away: &dyn Fn(&TopicRecord) -
         if !gone.contains(format!("sequences/{}/{}", topic.sequence, topic.id).as_str()) {
             put_topic(&mut group, &mut old, topic, now_ns, &mut missing)?;
         }
+    }
+    if !take.all {
+        group.commit()?;
+        return Ok(missing);
     }
     for family in AS_THEY_ARE {
         for (key, value) in old.pairs(family, b"")? {
