@@ -7,7 +7,11 @@ use std::error::Error;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 use tonic::transport::Channel;
+
+/// How long a server may take to touch its memory.
+const TOUCH_PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running server; ended when dropped.
 #[derive(Debug)]
@@ -39,7 +43,23 @@ impl Server {
             }
         };
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("server: {line}")));
-        Ok(Self { child, address })
+        let server = Self { child, address };
+        // What a start costs is not what a load costs.
+        let since = Instant::now();
+        while server.has_thread("fb-touch")? && since.elapsed() < TOUCH_PATIENCE {
+            std::thread::park_timeout(Duration::from_millis(50));
+        }
+        Ok(server)
+    }
+
+    fn has_thread(&self, name: &str) -> Result<bool, Box<dyn Error>> {
+        for thread in std::fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            // A thread may end between the two.
+            if std::fs::read_to_string(thread?.path().join("comm")).is_ok_and(|comm| comm.trim() == name) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Starts this program as one of its own servers, which print their address first.
