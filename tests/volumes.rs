@@ -35,6 +35,25 @@ impl Disks {
         Server::start_on(self.data.path(), &[&self.setting(), "chunk_bytes=256KiB", "scrub_rate=0"])
     }
 
+    /// The second disk is gone, with or without the folder that it was mounted on.
+    fn take_out_second(&self, leaves_mount_point: bool) {
+        std::fs::rename(self.second.path(), self.second.path().with_extension("away")).expect("renamed");
+        if leaves_mount_point {
+            std::fs::create_dir(self.second.path()).expect("a folder");
+        }
+    }
+
+    /// It is back. What was written into the folder that it was mounted on would make this fail.
+    fn bring_back_second(&self) {
+        std::fs::remove_dir(self.second.path()).ok(); // There may be none.
+        std::fs::rename(self.second.path().with_extension("away"), self.second.path()).expect("renamed");
+    }
+
+    fn lose_data_folder(&self) {
+        std::fs::remove_dir_all(self.data.path()).expect("removed");
+        std::fs::create_dir(self.data.path()).expect("a folder");
+    }
+
     fn verify(&self) -> (String, bool) {
         let (data, setting) = (self.data.path().to_str().expect("UTF-8"), self.setting());
         flightbox_may_fail(&["verify", "--listen", "127.0.0.1:1", "--data", data, "--set", &setting])
@@ -140,10 +159,7 @@ fn inv_9_a_volume_that_is_not_there_keeps_the_others_recording_and_is_served_aga
         );
         drop(client);
         server.stop();
-        // The disk is taken out: the folder that it was mounted on is empty.
-        let away = disks.second.path().with_extension("away");
-        std::fs::rename(disks.second.path(), &away).expect("renamed");
-        std::fs::create_dir(disks.second.path()).expect("a folder");
+        disks.take_out_second(true);
 
         let mut server = disks.start();
         let mut client = server.client().await;
@@ -166,8 +182,7 @@ fn inv_9_a_volume_that_is_not_there_keeps_the_others_recording_and_is_served_aga
         drop(client);
         server.stop();
 
-        std::fs::remove_dir(disks.second.path()).expect("removed");
-        std::fs::rename(&away, disks.second.path()).expect("renamed");
+        disks.bring_back_second();
         let mut server = disks.start();
         let mut client = server.client().await;
         check_all_whole(&mut client, "drive").await;
@@ -190,8 +205,7 @@ fn inv_9_recordings_come_back_from_their_volumes_when_the_data_folder_is_lost() 
         record(&mut client, "drive").await;
         drop(client);
         server.stop();
-        std::fs::remove_dir_all(disks.data.path()).expect("removed");
-        std::fs::create_dir(disks.data.path()).expect("a folder");
+        disks.lose_data_folder();
         let mut server = disks.start();
         let mut client = server.client().await;
         check_all_whole(&mut client, "drive").await;
@@ -232,8 +246,7 @@ fn inv_1_and_3_a_catalog_made_again_while_a_volume_is_away_forgets_nothing_that_
         let durable = durable_rows(&mut client, &cut).await;
         drop(client);
         server.kill();
-        let away = disks.second.path().with_extension("away");
-        std::fs::rename(disks.second.path(), &away).expect("renamed");
+        disks.take_out_second(false);
         for start in 0..2 {
             if start == 0 {
                 lose_end_of_log(disks.data.path());
@@ -249,7 +262,7 @@ fn inv_1_and_3_a_catalog_made_again_while_a_volume_is_away_forgets_nothing_that_
             drop(client);
             server.stop();
         }
-        std::fs::rename(&away, disks.second.path()).expect("renamed");
+        disks.bring_back_second();
         let mut server = disks.start();
         let mut client = server.client().await;
         for name in ["drive", "open", "later0", "later1"] {
@@ -296,11 +309,8 @@ fn inv_1_an_unmounted_disk_is_not_taken_for_a_new_one_when_the_data_folder_is_lo
         record(&mut client, "drive").await;
         drop(client);
         server.stop();
-        let away = disks.second.path().with_extension("away");
-        std::fs::rename(disks.second.path(), &away).expect("renamed");
-        std::fs::create_dir(disks.second.path()).expect("where it is mounted");
-        std::fs::remove_dir_all(disks.data.path()).expect("removed");
-        std::fs::create_dir(disks.data.path()).expect("a folder");
+        disks.take_out_second(true);
+        disks.lose_data_folder();
         for start in 0..2 {
             let mut server = disks.start();
             let mut client = server.client().await;
@@ -313,8 +323,7 @@ fn inv_1_an_unmounted_disk_is_not_taken_for_a_new_one_when_the_data_folder_is_lo
             drop(client);
             server.stop();
         }
-        std::fs::remove_dir(disks.second.path()).expect("removed");
-        std::fs::rename(&away, disks.second.path()).expect("renamed");
+        disks.bring_back_second();
         let server = disks.start();
         let mut client = server.client().await;
         for name in ["drive", "later0", "later1"] {
@@ -337,14 +346,13 @@ fn inv_4_what_was_deleted_while_its_volume_was_away_does_not_come_back_with_it()
         server.stop();
         // Nothing of it is on the second any more, not even what it says of the recording.
         assert_eq!(files_below(&disks.second.path().join("sequences")), Vec::<PathBuf>::new());
-        let away = disks.second.path().with_extension("away");
-        std::fs::rename(disks.second.path(), &away).expect("renamed");
+        disks.take_out_second(false);
         let mut server = disks.start();
         let mut client = server.client().await;
         action(&mut client, "sequence_delete", json!({ "locator": "drive" })).await.expect("deleted");
         drop(client);
         server.stop();
-        std::fs::rename(&away, disks.second.path()).expect("renamed");
+        disks.bring_back_second();
         let mut server = disks.start();
         let mut client = server.client().await;
         check_refused(get(&mut client, "drive/t0").await, Code::NotFound, &["drive"]);

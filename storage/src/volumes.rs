@@ -111,13 +111,14 @@ impl Volumes {
 
     fn index_at(&self, dir: &Path, no: TopicNo) -> usize {
         match std::fs::read_link(dir) {
-            Ok(target) => self.position(&target),
+            Ok(target) => self.of_path(&target),
             Err(_) if dir.is_dir() => 0,
-            Err(_) => self.position(self.home(no)),
+            Err(_) => self.of_path(self.home(no)),
         }
     }
 
-    fn position(&self, path: &Path) -> usize {
+    /// The number of the volume that a path without links lies on, as far as the path says.
+    pub fn of_path(&self, path: &Path) -> usize {
         self.list.iter().rposition(|volume| path.starts_with(&volume.root)).unwrap_or(0)
     }
 
@@ -131,11 +132,6 @@ impl Volumes {
         let dir = crate::segment::topic_dir(self.data_dir(), topic.sequence, topic.id);
         let target = std::fs::read_link(dir).ok()?;
         self.of(&target).filter(|volume| volume.role != Role::Away).map(|volume| volume.root.as_path())
-    }
-
-    /// The number of the volume that a path lies on, as far as the path says.
-    pub fn of_path(&self, path: &Path) -> usize {
-        self.position(path)
     }
 
     /// Refuses what needs the files of a topic whose volume is not there.
@@ -185,9 +181,9 @@ pub async fn make_topic_dir<D: Disk>(disk: &D, data_dir: &Path, home: &Path, dir
     if let Some(target) = target
         && target != real
     {
-        // Where it was begun, whatever the settings say now.
+        // Where it was begun, whatever the settings say now. As below: who made the link may not have synced it.
         if target.is_dir() {
-            return Ok(());
+            return disk.sync_dir(parent).await;
         }
         let text = format!("its files lie in {}, which is not there: is its volume mounted?", target.display());
         return Err(io::Error::new(io::ErrorKind::NotFound, text));
