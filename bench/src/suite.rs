@@ -190,6 +190,12 @@ impl Suite {
         add("data_bytes_per_s", outcome.data_bytes as f64 / outcome.seconds);
         add("cpu_s_per_gb", outcome.cpu_s / (bytes / GB));
         add("peak_rss_mib", outcome.peak_bytes as f64 / f64::from(1 << 20));
+        // What the work was cut into; a rival does not say.
+        for what in ["chunks", "tail_runs", "commit_groups"] {
+            if let Some(count) = outcome.info["since_start"][what].as_f64() {
+                add(what, count);
+            }
+        }
         if contestant == "flightbox" {
             add("written_per_byte", outcome.written_bytes as f64 / bytes);
             add("device_per_byte", outcome.device_bytes as f64 / bytes);
