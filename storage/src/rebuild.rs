@@ -383,7 +383,9 @@ async fn lost_and_found<D: Disk>(disk: &D, volumes: &Volumes, path: &Path) -> Re
     let real = volumes::real(disk, volumes, path).await?;
     let (root, to) = volumes::lost_and_found(volumes, &real);
     if let Some(parent) = to.parent() {
-        crate::disk::make_dirs(disk, &root, parent)
+        volumes
+            .folders
+            .make(disk, &root, parent)
             .await
             .map_err(|error| StorageError::io("make folder", parent, error))?;
     }

@@ -8,7 +8,7 @@ use crate::catalog::Look;
 use crate::catalog::records::{SegmentRecord, SequenceRecord, TopicRecord};
 use crate::chunk::stats::FieldStats;
 use crate::chunk::{ChunkRecord, Compression, TopicEncoder};
-use crate::disk::{Disk, Durability, IoCounters, make_dirs};
+use crate::disk::{Disk, Durability, Folders, IoCounters, make_dirs};
 use crate::error::{Result, StorageError};
 use crate::files::Entry;
 use crate::ids::{SegmentId, SequenceId};
@@ -147,9 +147,10 @@ async fn create_empty<D: Disk>(
     let dir = segment::topic_dir(data_dir, facts.topic.sequence, facts.topic.id);
     let path = dir.join(segment::file_name(0));
     let head = Head { segment: 0, segment_id: SegmentId::random(), epoch: 0, facts };
+    let folders = Folders::default();
     // One that is there was left by a crash between this and the commit of its record.
     disk.remove_file(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
-    let (_, end_offset) = create_segment(disk, (data_dir, data_dir, &dir), &path, &head, counters).await?;
+    let (_, end_offset) = create_segment(disk, &folders, (data_dir, data_dir, &dir), &path, &head, counters).await?;
     Ok(SegmentRecord { no: 0, id: head.segment_id, epoch: 0, end_offset, sealed_length: None })
 }
 
@@ -160,13 +161,14 @@ async fn create_empty<D: Disk>(
 /// When one of them cannot be made, or the file exists.
 pub async fn create_segment<D: Disk>(
     disk: &D,
+    folders: &Folders,
     (data_dir, home, dir): (&Path, &Path, &Path),
     path: &Path,
     head: &Head,
     counters: &IoCounters,
 ) -> Result<(D::File, u64)> {
     let head = head.encode()?;
-    let made = volumes::make_topic_dir(disk, data_dir, home, dir).await;
+    let made = volumes::make_topic_dir(disk, folders, data_dir, home, dir).await;
     made.map_err(|error| StorageError::io("make folder", dir, error))?;
     let file = disk.create(path).await.map_err(|error| StorageError::io("create", path, error))?;
     let first_chunk = write_padded(disk, &file, path, 0, &head).await?;

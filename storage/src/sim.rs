@@ -530,6 +530,11 @@ impl Disk for SimDisk {
         Ok(())
     }
 
+    fn is_dir(&self, path: &Path) -> bool {
+        let world = self.world.borrow();
+        world.folders.contains(&world.resolve(path, true))
+    }
+
     async fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.step().await;
         if self.fails(|faults| faults.syncs) {

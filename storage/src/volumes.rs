@@ -7,7 +7,7 @@
 //! Knows no settings: which volumes there are, and whether each is there, is found out at start (`src/volumes.rs`).
 
 use crate::catalog::records::TopicRecord;
-use crate::disk::{Disk, make_dirs};
+use crate::disk::{Disk, Folders};
 use crate::error::{Result, StorageError};
 use crate::files::Entry;
 use crate::ids::{SequenceId, TopicId, TopicNo};
@@ -64,19 +64,21 @@ impl Volume {
 #[derive(Debug)]
 pub struct Volumes {
     list: Vec<Volume>,
+    /// Folders on all of them whose names are durable.
+    pub folders: Folders,
 }
 
 impl Volumes {
     /// The data folder alone.
     pub fn only(data_dir: PathBuf) -> Self {
-        Self { list: vec![Volume::new(data_dir, Role::Takes)] }
+        Self { list: vec![Volume::new(data_dir, Role::Takes)], folders: Folders::default() }
     }
 
     /// The data folder and others.
     pub fn new(data_dir: Volume, others: Vec<Volume>) -> Self {
         let mut list = vec![data_dir];
         list.extend(others);
-        Self { list }
+        Self { list, folders: Folders::default() }
     }
 
     /// The folder that has all names.
@@ -169,30 +171,36 @@ fn choose(topic: TopicNo, room: &[bool]) -> Option<usize> {
 ///
 /// # Errors
 /// When one of them cannot be made, or the topic's files lie on a volume that is not there.
-pub async fn make_topic_dir<D: Disk>(disk: &D, data_dir: &Path, home: &Path, dir: &Path) -> io::Result<()> {
+pub async fn make_topic_dir<D: Disk>(
+    disk: &D,
+    folders: &Folders,
+    data_dir: &Path,
+    home: &Path,
+    dir: &Path,
+) -> io::Result<()> {
     let (Ok(inside), Some(parent)) = (dir.strip_prefix(data_dir), dir.parent()) else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a folder of a topic"));
     };
     let target = disk.read_link(dir).await?;
-    if target.is_none() && dir.is_dir() {
-        return Ok(());
+    if target.is_none() && disk.is_dir(dir) {
+        return folders.make(disk, data_dir, dir).await;
     }
     let real = home.join(inside);
     if let Some(target) = target
         && target != real
     {
         // Where it was begun, whatever the settings say now. As below: who made the link may not have synced it.
-        if target.is_dir() {
+        if disk.is_dir(&target) {
             return disk.sync_dir(parent).await;
         }
         let text = format!("its files lie in {}, which is not there: is its volume mounted?", target.display());
         return Err(io::Error::new(io::ErrorKind::NotFound, text));
     }
-    make_dirs(disk, home, &real).await?;
+    folders.make(disk, home, &real).await?;
     if home == data_dir {
         return Ok(());
     }
-    make_dirs(disk, data_dir, parent).await?;
+    folders.make(disk, data_dir, parent).await?;
     disk.symlink(&real, dir).await?;
     // Also for a link that is there: who made it may have met an error here.
     disk.sync_dir(parent).await
@@ -332,7 +340,7 @@ async fn relink_one<D: Disk>(disk: &D, volumes: &Volumes, volume: &Volume) -> Re
                 if named.is_some_and(|entry| entry.is_link) {
                     disk.remove_file(&at).await?;
                 }
-                make_dirs(disk, volumes.data_dir(), &dir).await?;
+                volumes.folders.make(disk, volumes.data_dir(), &dir).await?;
                 disk.symlink(&topic.path, &at).await?;
                 disk.sync_dir(&dir).await
             };

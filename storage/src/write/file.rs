@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::ids::SegmentId;
 use crate::recover::create_segment;
 use crate::segment::{self, Head, TopicFacts};
+use crate::volumes::Volumes;
 use std::cell::Cell;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -37,7 +38,7 @@ impl<F> Drop for SegmentFile<F> {
 
 /// What a segment file is made of.
 pub(super) struct Plan {
-    pub(super) data_dir: PathBuf,
+    pub(super) volumes: Arc<Volumes>,
     /// Root of the volume that the topic's folder goes to.
     pub(super) home: PathBuf,
     /// Folder of the topic.
@@ -54,10 +55,11 @@ impl Plan {
     /// # Errors
     /// When it cannot be made, or is there already.
     pub(super) async fn make<D: Disk>(self, disk: &D) -> Result<SegmentFile<D::File>> {
-        let Self { data_dir, home, dir, no, facts, counters, prealloc } = self;
+        let Self { volumes, home, dir, no, facts, counters, prealloc } = self;
         let path = dir.join(segment::file_name(no));
         let head = Head { segment: no, segment_id: SegmentId::random(), epoch: 0, facts: (*facts).clone() };
-        let (file, first_chunk) = create_segment(disk, (&data_dir, &home, &dir), &path, &head, &counters).await?;
+        let place = (volumes.data_dir(), home.as_path(), dir.as_path());
+        let (file, first_chunk) = create_segment(disk, &volumes.folders, place, &path, &head, &counters).await?;
         Ok(SegmentFile {
             file,
             path,

@@ -276,7 +276,7 @@ impl<D: Disk> SegmentWriter<D> {
         // Taken even if making it fails: a half-made file must not be met again.
         self.next_no += 1;
         Plan {
-            data_dir: shared.volumes.data_dir().to_owned(),
+            volumes: Arc::clone(&shared.volumes),
             home: self.home.clone(),
             dir: self.dir.clone(),
             no,
