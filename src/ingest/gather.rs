@@ -97,7 +97,7 @@ pub(crate) const fn floor_bytes(format: Format) -> u64 {
 
 /// The least weight of a row group while the tail takes no more, in data bytes; below it a row group costs more
 /// than its rows.
-const CROWD_FLOOR_BYTES: u64 = 128 << 10;
+pub(crate) const CROWD_FLOOR_BYTES: u64 = 128 << 10;
 
 /// Decides over an open chunk that holds at least one batch.
 pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Verdict {
@@ -129,43 +129,49 @@ pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Ve
 
 /// What a writer's topics may put into the tail: RocksDB flushes and merges what goes there, and stalls its writers
 /// when that is too much.
+///
+/// What went elsewhere because the tail took no more counts as well: while topics bring more than the tail takes, all
+/// of them that are worth a row group go elsewhere. To let in as many as fit would cost the work of both ways.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TailRate {
-    /// Bytes that may go now.
-    bytes: u64,
+    /// Bytes that may go now; below zero: what was brought beyond them.
+    bytes: i64,
     /// See [`TailRate::BURST`].
-    burst: u64,
+    burst: i64,
     /// See [`TailRate::PER_SECOND`].
-    per_second: u64,
+    per_second: i64,
 }
 
 impl TailRate {
     /// Bytes a second of all writers: under what RocksDB's flushes and merges are held to.
-    const PER_SECOND: u64 = 25 << 20;
+    const PER_SECOND: i64 = 25 << 20;
     /// Bytes at once: what hundreds of slow topics bring together.
-    const BURST: u64 = 4 << 20;
+    const BURST: i64 = 4 << 20;
 
     /// One writer's part, of which nothing was used yet.
     pub(crate) fn shared_by(writers: usize) -> Self {
-        let writers = writers.max(1) as u64;
+        let writers = i64::try_from(writers.max(1)).unwrap_or(i64::MAX);
         let (burst, per_second) = (Self::BURST / writers, Self::PER_SECOND / writers);
         Self { bytes: burst, burst, per_second }
     }
 
     /// Notes that time has passed.
     pub(crate) fn refill(&mut self, passed: Duration) {
-        let more = passed.as_micros().saturating_mul(u128::from(self.per_second)) / 1_000_000;
-        self.bytes = self.burst.min(self.bytes.saturating_add(u64::try_from(more).unwrap_or(u64::MAX)));
+        let passed = i64::try_from(passed.as_micros()).unwrap_or(i64::MAX);
+        let more = passed.saturating_mul(self.per_second) / 1_000_000;
+        self.bytes = self.burst.min(self.bytes.saturating_add(more));
     }
 
     /// Whether so many bytes may go.
     pub(crate) fn has(&self, bytes: u64) -> bool {
-        bytes <= self.bytes
+        i64::try_from(bytes).is_ok_and(|bytes| bytes <= self.bytes)
     }
 
-    /// Notes that they went. What is too small for a row group goes all the same.
+    /// Notes that they were brought: taken, or sent elsewhere. What is too small for a row group is taken all the
+    /// same. A second's worth beyond the rate is remembered, no more: after that the tail takes runs again.
     pub(crate) fn take(&mut self, bytes: u64) {
-        self.bytes = self.bytes.saturating_sub(bytes);
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.bytes = self.bytes.saturating_sub(bytes).max(-self.per_second);
     }
 }
 
@@ -214,19 +220,38 @@ mod tests {
         assert_eq!(verdict(&RULE, Format::Default, &waiting), Verdict::Wait);
     }
 
-    #[test]
-    fn the_tail_takes_a_burst_and_then_its_rate_however_often_it_is_asked() {
-        let mut rate = TailRate::shared_by(1);
+    /// Looks every tenth of a millisecond for `ms`, each finds a run of 100 KiB; returns the bytes taken.
+    fn bring(rate: &mut TailRate, ms: u32, counts_elsewhere: bool) -> i64 {
         let mut taken = 0;
-        // A second of looks, one every tenth of a millisecond, each with a topic of 100 KiB.
-        for _ in 0..10_000 {
+        for _ in 0..ms * 10 {
             rate.refill(Duration::from_micros(100));
-            if rate.has(100 << 10) {
-                rate.take(100 << 10);
+            let goes = rate.has(100 << 10);
+            if goes {
                 taken += 100 << 10;
             }
+            if goes || counts_elsewhere {
+                rate.take(100 << 10);
+            }
         }
+        taken
+    }
+
+    #[test]
+    fn the_tail_takes_a_burst_and_then_its_rate_however_often_it_is_asked() {
+        let taken = bring(&mut TailRate::shared_by(1), 1000, false);
         assert!((TailRate::PER_SECOND..=TailRate::PER_SECOND + TailRate::BURST).contains(&taken), "{taken}");
+    }
+
+    #[test]
+    fn while_more_is_brought_than_the_tail_takes_only_the_first_burst_goes_there() {
+        let mut rate = TailRate::shared_by(1);
+        let taken = bring(&mut rate, 10_000, true);
+        assert!(taken <= TailRate::BURST + (200 << 10), "{taken}");
+        // It takes runs again a little over a second after that, not a moment after.
+        rate.refill(ms(900));
+        assert!(!rate.has(1));
+        rate.refill(ms(150));
+        assert!(rate.has(100 << 10));
     }
 
     #[test]

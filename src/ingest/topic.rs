@@ -83,6 +83,8 @@ pub(super) struct Topic<D: Disk> {
     pub(super) turn: RefCell<Option<oneshot::Receiver<()>>>,
     pub(super) in_flight: Cell<usize>,
     pub(super) tail_in_flight: Cell<bool>,
+    /// Its chunk is to close and waits for a place.
+    pub(super) is_held_up: Cell<bool>,
     /// Makes its next segment ahead of need.
     pub(super) making: RefCell<Option<JoinHandle<()>>>,
     pub(super) failed: RefCell<Option<StorageError>>,
@@ -166,6 +168,7 @@ impl<D: Disk> Topic<D> {
             turn: RefCell::new(None),
             in_flight: Cell::new(0),
             tail_in_flight: Cell::new(false),
+            is_held_up: Cell::new(false),
             making: RefCell::new(None),
             failed: RefCell::new(None),
             ending: RefCell::new(None),
@@ -311,7 +314,7 @@ impl Open {
         if claimed < limits::SHRINK_FROM_BYTES {
             return;
         }
-        let held: usize = self.safe.iter().chain(self.fresh.iter()).map(RecordBatch::get_array_memory_size).sum();
+        let held = self.safe.weigh() + self.fresh.weigh();
         let mut held = held as u64 + size_of::<BatchMark>() as u64 * self.marks.len() as u64;
         for permits in [&mut self.permits, &mut self.decode_permits].into_iter().flatten() {
             permits.shrink_to(held);
@@ -326,6 +329,8 @@ pub(super) struct Pieces {
     batches: Vec<RecordBatch>,
     /// So many in front are not looked at again: no small one is among them that another may come to.
     settled: usize,
+    /// Memory of so many in front, in bytes.
+    weighed: (usize, usize),
 }
 
 impl Pieces {
@@ -336,6 +341,7 @@ impl Pieces {
             return false;
         }
         let unsettled = self.batches.split_off(self.settled);
+        self.weighed = (0, 0);
         let before = unsettled.len();
         let is_small = |piece: &RecordBatch| piece.get_array_memory_size() <= limits::COALESCE_PIECE_BYTES;
         for group in unsettled.chunk_by(|a, b| is_small(a) && is_small(b)) {
@@ -357,8 +363,12 @@ impl Pieces {
         self.batches.is_empty()
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &RecordBatch> {
-        self.batches.iter()
+    /// Memory of all of them, in bytes. Each is asked once: it walks over all its columns.
+    pub(super) fn weigh(&mut self) -> usize {
+        let (count, bytes) = self.weighed;
+        let new: usize = self.batches.iter().skip(count).map(RecordBatch::get_array_memory_size).sum();
+        self.weighed = (self.batches.len(), bytes + new);
+        bytes + new
     }
 
     pub(super) fn into_batches(self) -> Vec<RecordBatch> {
@@ -368,7 +378,7 @@ impl Pieces {
 
 impl From<Vec<RecordBatch>> for Pieces {
     fn from(batches: Vec<RecordBatch>) -> Self {
-        Self { batches, settled: 0 }
+        Self { batches, settled: 0, weighed: (0, 0) }
     }
 }
 
@@ -414,6 +424,6 @@ mod tests {
         }
         assert_eq!(pieces.batches.len(), 1000);
         let as_it_came = |batch: &RecordBatch| batch.column(0).to_data().ptr_eq(&piece.column(0).to_data());
-        assert!(pieces.iter().all(as_it_came));
+        assert!(pieces.batches.iter().all(as_it_came));
     }
 }

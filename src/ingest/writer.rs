@@ -6,13 +6,16 @@
 //! for its own ring, for space in the committer's lane, and for answers.
 //! Does not know: requests, clients, gRPC. It is handed batches and tells watermarks.
 
+mod looks;
+
 use crate::health::Health;
 use crate::ingest::admit::Budget;
 use crate::ingest::committer::{ChunkCommit, CommitHandle, End, Watermark};
-use crate::ingest::gather::{ChunkRule, FlushTime, TailRate, Verdict, Why, floor_bytes, verdict};
+use crate::ingest::gather::{CROWD_FLOOR_BYTES, ChunkRule, FlushTime, TailRate, floor_bytes};
 use crate::ingest::lane::{Receiver, Sender};
 use crate::ingest::steward::StewardHandle;
 use crate::ingest::topic::{Batch, Open, Start, Topic, Turn, rows_of};
+use crate::ingest::writer::looks::Looks;
 use crate::limits;
 use crate::stats::{Station, Stats};
 use futures::FutureExt;
@@ -21,7 +24,7 @@ use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use storage::StorageError;
 use storage::chunk::TopicEncoder;
 use storage::disk::{Disk, IoCounters};
@@ -90,17 +93,9 @@ struct Writer<D: Disk> {
     /// Data bytes of the chunks between close and commit.
     flushing_bytes: Cell<u64>,
     flush_time: Cell<FlushTime>,
-    /// What may go to the tail now.
-    tail_rate: Cell<TailRate>,
-    tail_refilled: Cell<Instant>,
-    /// When all open chunks were looked at last for what is due before the next look.
-    looked: Cell<Option<Instant>>,
-    /// Topics that got batches since; all others are as that look found them.
-    touched: RefCell<Vec<Rc<Topic<D>>>>,
-    /// Topics whose chunk was to close and found as many flushes under way as there may be, the longest waiting first.
-    held_up: RefCell<Vec<Rc<Topic<D>>>>,
-    /// How soon the open chunks want to be looked at, by what is known of them.
-    pace: Cell<Pace>,
+    looks: Looks<D>,
+    /// Deleted topics that have something under way still.
+    forgotten: RefCell<Vec<Rc<Topic<D>>>>,
     /// Woken by every flush that ends.
     progress: tokio::sync::Notify,
 }
@@ -126,12 +121,8 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
         flushes: Cell::new(0),
         flushing_bytes: Cell::new(0),
         flush_time: Cell::default(),
-        tail_rate: Cell::new(tail_rate),
-        tail_refilled: Cell::new(Instant::now()),
-        looked: Cell::new(None),
-        touched: RefCell::default(),
-        held_up: RefCell::default(),
-        pace: Cell::new(Pace::Idle),
+        looks: Looks::new(tail_rate),
+        forgotten: RefCell::default(),
         progress: tokio::sync::Notify::new(),
     });
     let mut stopping: Option<oneshot::Sender<()>> = None;
@@ -168,29 +159,6 @@ pub(crate) async fn run<D: Disk>(disk: D, lane: Receiver<Message>, context: Cont
     }
 }
 
-/// How often lane and open chunks are looked at, at most, while batches wait there to become durable: small ones do
-/// not wake the thread.
-const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(10);
-/// Looks in a commit interval at least: what is due before the next one is due now, so fewer would close chunks early.
-const LOOKS_PER_INTERVAL: u32 = 5;
-/// The looks of a short commit interval are this far apart.
-const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
-/// The same while all batches are safe and only their age is waited for; memory may become short meanwhile.
-const SAFE_LOOK_INTERVAL: Duration = Duration::from_millis(100);
-/// The wait of a writer that has nothing open.
-const IDLE_WAIT: Duration = Duration::from_secs(3600);
-
-/// How soon the open chunks want to be looked at, the soonest last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Pace {
-    /// Nothing is open.
-    Idle,
-    /// Their age is waited for.
-    Safe,
-    /// Something waits to become durable.
-    Unsafe,
-}
-
 impl<D: Disk> Writer<D> {
     /// Acts on a message; says whether a chunk is full and may go.
     fn take(self: &Rc<Self>, message: Message) -> bool {
@@ -205,7 +173,7 @@ impl<D: Disk> Writer<D> {
                     if topic.failed.borrow().is_none() {
                         topic.gather(*batch);
                         let full = self.context.rule.chunk_bytes <= topic.open.borrow().data_bytes && self.has_place();
-                        self.touched.borrow_mut().push(topic);
+                        self.looks.got_batches(topic);
                         return full;
                     }
                 }
@@ -225,6 +193,7 @@ impl<D: Disk> Writer<D> {
                     Some(topic) => {
                         topic.fail(StorageError::Gone);
                         topic.forgotten.replace(Some(reply));
+                        self.forgotten.borrow_mut().push(topic);
                     }
                     // Its `Open` was sent after the change that opened it, and is overtaken.
                     None if written && !self.abandoned.borrow_mut().remove(&no) => {
@@ -264,112 +233,14 @@ impl<D: Disk> Writer<D> {
         let place = SegmentWriter::new(&self.shared, facts, crate::when::now_ns()).starting_at(start.segment);
         let topic = Topic::new(record, schema, encoder, watermark, place, start);
         let topic = Rc::new(topic);
-        self.touched.borrow_mut().push(Rc::clone(&topic));
+        self.looks.got_batches(Rc::clone(&topic));
         self.topics.borrow_mut().insert(topic.record.no, topic);
     }
 
-    /// Looks at every open chunk; returns when to look again. At every look interval, what would be due before the next
-    /// one is due now, so that hundreds of slow topics share a look, and the commit behind it. Between them (large
-    /// batches and ended flushes wake this thread) only what got batches, and is due or full.
-    fn decide(self: &Rc<Self>) -> Duration {
-        let now = Instant::now();
-        let interval = self.look_interval();
-        let is_look = self.looked.get().is_none_or(|looked| interval <= now.duration_since(looked));
-        if is_look {
-            self.looked.set(Some(now));
-        }
-        let horizon = if is_look { now + interval } else { now };
-        let touched = self.touched.take();
-        let of_all = is_look || self.context.budget.is_short();
-        // Those that wait longest come first.
-        let mut topics = if of_all || self.has_place() { self.held_up.take() } else { Vec::new() };
-        if of_all {
-            let first: HashSet<TopicNo> = topics.iter().map(|topic| topic.record.no).collect();
-            topics.extend(self.topics.borrow().values().filter(|topic| !first.contains(&topic.record.no)).cloned());
-        } else {
-            topics.extend(touched);
-        }
-        let giving_way = self.giving_way(&topics);
-        let mut pace = if of_all { Pace::Idle } else { self.pace.get() };
-        let until_look = interval.saturating_sub(now.duration_since(self.looked.get().unwrap_or(now)));
-        let mut tail = self.tail_rate.get();
-        tail.refill(now.duration_since(self.tail_refilled.replace(now)));
-        for topic in topics {
-            if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() {
-                continue;
-            }
-            let flush_takes = self.flush_time.get().expected();
-            let seen = topic.look(horizon, flush_takes, giving_way.contains(&topic.record.no), &tail);
-            pace = pace.max(if seen.oldest_unsafe.is_some() { Pace::Unsafe } else { Pace::Safe });
-            match verdict(&self.context.rule, topic.record.format, &seen) {
-                Verdict::Close(why) => {
-                    // A full house: the chunk waits for a flush to end, which wakes this loop.
-                    if self.has_place() || why == Why::Age {
-                        self.flush(&topic, None);
-                    } else if of_all || !self.held_up.borrow().iter().any(|held_up| Rc::ptr_eq(held_up, &topic)) {
-                        self.held_up.borrow_mut().push(topic);
-                    }
-                }
-                // Behind a chunk that is being written the tail would have to wait for it anyway.
-                Verdict::Tail if topic.in_flight.get() == 0 && !topic.tail_in_flight.get() => {
-                    tail.take(topic.unsafe_bytes());
-                    self.tail(&topic);
-                }
-                Verdict::Tail | Verdict::Wait => {}
-            }
-        }
-        self.tail_rate.set(tail);
-        self.pace.set(pace);
-        match pace {
-            Pace::Unsafe => until_look,
-            Pace::Safe => SAFE_LOOK_INTERVAL,
-            Pace::Idle => IDLE_WAIT,
-        }
-    }
-
-    /// Whether another flush may begin.
-    fn has_place(&self) -> bool {
-        self.flushes.get() < limits::FLUSHES_IN_FLIGHT_MAX
-    }
-
-    /// How soon what waits to become durable is looked at again.
-    fn look_interval(&self) -> Duration {
-        LOOK_INTERVAL_MAX.min(self.context.rule.commit_interval / LOOKS_PER_INTERVAL).max(LOOK_INTERVAL_MIN)
-    }
-
-    /// The largest open chunks, to be closed because memory is short: as many as make, with what is
-    /// being written already, a quarter of the budget. More would only make smaller row groups.
-    fn giving_way(&self, topics: &[Rc<Topic<D>>]) -> Vec<TopicNo> {
-        if !self.context.budget.is_short() {
-            return Vec::new();
-        }
-        let mut open: Vec<(u64, TopicNo)> =
-            topics.iter().map(|topic| (topic.open.borrow().data_bytes, topic.record.no)).collect();
-        open.sort_unstable_by(|a, b| b.cmp(a));
-        let places = limits::FLUSHES_IN_FLIGHT_MAX.saturating_sub(self.flushes.get());
-        let mut freeing = self.flushing_bytes.get();
-        let enough = self.context.budget_bytes / 4;
-        let mut chosen = Vec::new();
-        for (bytes, topic) in open.into_iter().take(places).take_while(|(bytes, _)| *bytes > 0) {
-            if freeing >= enough {
-                break;
-            }
-            freeing += bytes;
-            chosen.push(topic);
-        }
-        chosen
-    }
-
-    /// Lets go of topics that ended and have nothing under way.
+    /// Lets go of deleted topics that have nothing under way.
     fn retire(&self) {
-        let forgotten: Vec<Rc<Topic<D>>> = self
-            .topics
-            .borrow()
-            .values()
-            .filter(|topic| topic.is_quiet() && topic.forgotten.borrow().is_some())
-            .cloned()
-            .collect();
-        for topic in forgotten {
+        let quiet = self.forgotten.borrow_mut().extract_if(.., |topic| topic.is_quiet()).collect::<Vec<_>>();
+        for topic in quiet {
             self.topics.borrow_mut().remove(&topic.record.no);
             if let Some((_, reply)) = topic.ending.take() {
                 reply.send(Err(StorageError::Gone)).ok(); // Its stream may have gone.
@@ -389,11 +260,11 @@ impl<D: Disk> Writer<D> {
         };
         // Small batches are safe before the chunk that ends their topic is, as far as the tail takes them: hundreds of
         // topics may end at once. One that stays unlocked gets no chunk for them.
-        let (mut tail, bytes) = (self.tail_rate.get(), topic.unsafe_bytes());
-        let goes = matches!(end, End::Leave) || tail.has(bytes);
+        let (mut tail, bytes) = (self.looks.tail_rate.get(), topic.unsafe_bytes());
+        let goes = matches!(end, End::Leave) || bytes < CROWD_FLOOR_BYTES && tail.has(bytes);
         if !failed && !enough && !topic.open.borrow().fresh.is_empty() && goes {
             tail.take(bytes);
-            self.tail_rate.set(tail);
+            self.looks.tail_rate.set(tail);
             self.tail(topic);
         }
         let failed = topic.failed.borrow().is_some();

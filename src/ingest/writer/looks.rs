@@ -1,0 +1,208 @@
+//! Which open chunks are looked at, and when; what is to do with each is [`verdict`]'s to say.
+//!
+//! Guarantees: every open chunk is looked at once a look interval, however often the thread wakes; between two looks
+//! only what may have changed is (what got batches, what was held up, what gives way), so that a wake-up costs the same
+//! with ten topics and with a thousand.
+
+use crate::ingest::gather::{TailRate, Verdict, Why, verdict};
+use crate::ingest::topic::Topic;
+use crate::ingest::writer::Writer;
+use crate::limits;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use storage::disk::Disk;
+
+/// How often lane and open chunks are looked at, at most, while batches wait there to become durable: small ones do
+/// not wake the thread.
+const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(10);
+/// Looks in a commit interval at least: what is due before the next one is due now, so fewer would close chunks early.
+const LOOKS_PER_INTERVAL: u32 = 5;
+/// The looks of a short commit interval are this far apart.
+const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
+/// The same while all batches are safe and only their age is waited for; memory may become short meanwhile.
+const SAFE_LOOK_INTERVAL: Duration = Duration::from_millis(100);
+/// Largest chunks kept from one look to the next: more than can be flushed meanwhile.
+const LARGEST_MAX: usize = 8 * limits::FLUSHES_IN_FLIGHT_MAX;
+/// The wait of a writer that has nothing open.
+const IDLE_WAIT: Duration = Duration::from_secs(3600);
+
+/// How soon the open chunks want to be looked at, the soonest last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Pace {
+    /// Nothing is open.
+    Idle,
+    /// Their age is waited for.
+    Safe,
+    /// Something waits to become durable.
+    Unsafe,
+}
+
+/// What a writer knows from its last look at all open chunks.
+pub(super) struct Looks<D: Disk> {
+    /// When it was.
+    looked: Cell<Option<Instant>>,
+    /// Topics that got batches since; all others are as that look found them.
+    touched: RefCell<Vec<Rc<Topic<D>>>>,
+    /// Topics whose chunk was to close and found as many flushes under way as there may be, the longest waiting first.
+    /// Each has [`Topic::is_held_up`] set.
+    held_up: RefCell<VecDeque<Rc<Topic<D>>>>,
+    /// The largest open chunks at the last look that found memory short, the largest last.
+    largest: RefCell<Vec<Rc<Topic<D>>>>,
+    /// How soon the open chunks want to be looked at, by what is known of them.
+    pace: Cell<Pace>,
+    /// What may go to the tail now.
+    pub(super) tail_rate: Cell<TailRate>,
+    tail_refilled: Cell<Instant>,
+}
+
+impl<D: Disk> Looks<D> {
+    pub(super) fn new(tail_rate: TailRate) -> Self {
+        Self {
+            looked: Cell::new(None),
+            touched: RefCell::default(),
+            held_up: RefCell::default(),
+            largest: RefCell::default(),
+            pace: Cell::new(Pace::Idle),
+            tail_rate: Cell::new(tail_rate),
+            tail_refilled: Cell::new(Instant::now()),
+        }
+    }
+
+    /// Notes that a topic got batches, or has them from an earlier upload.
+    pub(super) fn got_batches(&self, topic: Rc<Topic<D>>) {
+        self.touched.borrow_mut().push(topic);
+    }
+}
+
+impl<D: Disk> Writer<D> {
+    /// Closes what is due; returns when to look again. At every look interval, what would be due before the next
+    /// one is due now, so that hundreds of slow topics share a look, and the commit behind it. Between them (large
+    /// batches and ended flushes wake this thread) only what may have changed, and is due, full or in the way.
+    pub(super) fn decide(self: &Rc<Self>) -> Duration {
+        let now = Instant::now();
+        let interval = self.look_interval();
+        let is_look = self.looks.looked.get().is_none_or(|looked| interval <= now.duration_since(looked));
+        if is_look {
+            self.looks.looked.set(Some(now));
+        }
+        let horizon = if is_look { now + interval } else { now };
+        let giving_way = self.giving_way(is_look);
+        let touched = self.looks.touched.take();
+        let topics = if is_look {
+            let all = self.topics.borrow();
+            all.values().filter(|topic| !topic.is_held_up.get()).cloned().collect()
+        } else {
+            giving_way.iter().cloned().chain(touched).collect::<Vec<_>>()
+        };
+        // Those that wait longest come first. All of them are looked at again at a look, as what they hold grows old.
+        let mut waiting = self.looks.held_up.take();
+        let mut topics = topics.into_iter();
+        let mut pace = if is_look { Pace::Idle } else { self.looks.pace.get() };
+        let until_look = interval.saturating_sub(now.duration_since(self.looks.looked.get().unwrap_or(now)));
+        let mut tail = self.looks.tail_rate.get();
+        tail.refill(now.duration_since(self.looks.tail_refilled.replace(now)));
+        while let Some(topic) = self.longest_waiting(&mut waiting, is_look).or_else(|| topics.next()) {
+            // A topic may be here more than once: what was taken from it the first time is not there any more.
+            if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() {
+                continue;
+            }
+            let flush_takes = self.flush_time.get().expected();
+            let gives_way = giving_way.iter().any(|giving_way| Rc::ptr_eq(giving_way, &topic));
+            let seen = topic.look(horizon, flush_takes, gives_way, &tail);
+            pace = pace.max(if seen.oldest_unsafe.is_some() { Pace::Unsafe } else { Pace::Safe });
+            match verdict(&self.context.rule, topic.record.format, &seen) {
+                Verdict::Close(why) => {
+                    // A full house: the chunk waits for a flush to end, which wakes this loop.
+                    if self.has_place() || why == Why::Age {
+                        if why == Why::Crowd {
+                            tail.take(topic.unsafe_bytes());
+                        }
+                        self.flush(&topic, None);
+                    } else if !topic.is_held_up.replace(true) {
+                        self.looks.held_up.borrow_mut().push_back(topic);
+                    }
+                }
+                // Behind a chunk that is being written the tail would have to wait for it anyway.
+                Verdict::Tail if topic.in_flight.get() == 0 && !topic.tail_in_flight.get() => {
+                    tail.take(topic.unsafe_bytes());
+                    self.tail(&topic);
+                }
+                Verdict::Tail | Verdict::Wait => {}
+            }
+        }
+        waiting.append(&mut self.looks.held_up.borrow_mut());
+        self.looks.held_up.replace(waiting);
+        self.looks.tail_rate.set(tail);
+        self.looks.pace.set(pace);
+        match pace {
+            Pace::Unsafe => until_look,
+            Pace::Safe => SAFE_LOOK_INTERVAL,
+            Pace::Idle => IDLE_WAIT,
+        }
+    }
+
+    /// The next of those that were held up, if it can be helped or is to be looked at.
+    fn longest_waiting(&self, waiting: &mut VecDeque<Rc<Topic<D>>>, is_look: bool) -> Option<Rc<Topic<D>>> {
+        let topic = if is_look || self.has_place() { waiting.pop_front()? } else { return None };
+        topic.is_held_up.set(false);
+        Some(topic)
+    }
+
+    /// Whether another flush may begin.
+    pub(super) fn has_place(&self) -> bool {
+        self.flushes.get() < limits::FLUSHES_IN_FLIGHT_MAX
+    }
+
+    /// How soon what waits to become durable is looked at again.
+    pub(super) fn look_interval(&self) -> Duration {
+        LOOK_INTERVAL_MAX.min(self.context.rule.commit_interval / LOOKS_PER_INTERVAL).max(LOOK_INTERVAL_MIN)
+    }
+
+    /// The largest open chunks, to be closed because memory is short: as many as make, with what is
+    /// being written already, a quarter of the budget. More would only make smaller row groups.
+    fn giving_way(&self, is_look: bool) -> Vec<Rc<Topic<D>>> {
+        let mut largest = self.looks.largest.borrow_mut();
+        if !self.context.budget.is_short() {
+            largest.clear();
+            return Vec::new();
+        }
+        let enough = self.context.budget_bytes / 4;
+        let places = limits::FLUSHES_IN_FLIGHT_MAX.saturating_sub(self.flushes.get());
+        let mut freeing = self.flushing_bytes.get();
+        let mut chosen = Vec::new();
+        if is_look || largest.is_empty() && places > 0 && freeing < enough {
+            *largest = self.largest();
+        }
+        while chosen.len() < places
+            && freeing < enough
+            && let Some(topic) = largest.pop()
+        {
+            let bytes = topic.open.borrow().data_bytes;
+            // It may have closed since the look.
+            if bytes > 0 {
+                freeing += bytes;
+                chosen.push(topic);
+            }
+        }
+        chosen
+    }
+
+    /// The largest open chunks, the largest last.
+    fn largest(&self) -> Vec<Rc<Topic<D>>> {
+        let topics = self.topics.borrow();
+        let mut open: Vec<_> = topics
+            .values()
+            .map(|topic| (topic.open.borrow().data_bytes, topic))
+            .filter(|(bytes, _)| *bytes > 0)
+            .collect();
+        let smaller = open.len().saturating_sub(LARGEST_MAX);
+        if smaller > 0 {
+            open.select_nth_unstable_by_key(smaller, |(bytes, _)| *bytes);
+        }
+        let mut largest = open.split_off(smaller);
+        largest.sort_unstable_by_key(|(bytes, topic)| (*bytes, topic.record.no));
+        largest.into_iter().map(|(_, topic)| Rc::clone(topic)).collect()
+    }
+}
