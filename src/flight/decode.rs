@@ -19,6 +19,8 @@ use tonic::Status;
 /// Decodes the messages of one stream, which share a schema and dictionaries.
 pub(crate) struct Decoder {
     schema: SchemaRef,
+    /// The widest that one of its types wants.
+    alignment: usize,
     dictionaries: HashMap<i64, ArrayRef>,
     /// What the dictionaries hold; several for one that grows by deltas.
     dictionary_permits: HashMap<i64, Vec<Permit>>,
@@ -37,7 +39,15 @@ pub(crate) enum Decoded {
 impl Decoder {
     /// A decoder for a stream of this schema.
     pub(crate) fn new(schema: SchemaRef, batch_memory_max: u64, budget: Budget) -> Self {
-        Self { schema, dictionaries: HashMap::new(), dictionary_permits: HashMap::new(), batch_memory_max, budget }
+        let alignment = schema.fields().iter().map(|field| alignment_of(field.data_type())).max().unwrap_or(1);
+        Self {
+            schema,
+            alignment,
+            dictionaries: HashMap::new(),
+            dictionary_permits: HashMap::new(),
+            batch_memory_max,
+            budget,
+        }
     }
 
     /// Checks and decodes one message that is not a schema.
@@ -49,15 +59,12 @@ impl Decoder {
                     .header_as_record_batch()
                     .ok_or_else(|| invalid("the message header is not a record batch"))?;
                 let mut weight = check_layout(&batch, &body, self.batch_memory_max)?;
-                if batch.compression().is_none() {
+                // Most clients send all buffers so that each would fit any of the types: no need to find out what they are.
+                if batch.compression().is_none() && !all_aligned(self.alignment, &batch, &body) {
                     weight += badly_aligned_bytes(&self.schema, &batch, &body);
                 }
                 let version = message.version();
                 let decode_permit = self.claim(weight).await;
-                let message = parse(header)?;
-                let batch = message
-                    .header_as_record_batch()
-                    .ok_or_else(|| invalid("the message header is not a record batch"))?;
                 let rows = guarded(|| {
                     ipc::reader::read_record_batch(
                         &body,
@@ -247,6 +254,32 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], batch_memory_max: u64
 
 /// Values that a column may claim without bytes behind them (nulls, empty structs).
 const VALUES_WITHOUT_BYTES_MAX: u64 = 1 << 20;
+
+/// What the values of a type, or of a type in it, want to be aligned to, in bytes.
+fn alignment_of(data_type: &DataType) -> usize {
+    let own = layout(data_type).buffers.into_iter().map(|spec| match spec {
+        BufferSpec::FixedWidth { alignment, .. } => alignment,
+        _ => 1,
+    });
+    let children = match data_type {
+        DataType::Struct(fields) => fields.iter().map(|field| alignment_of(field.data_type())).max(),
+        DataType::List(child)
+        | DataType::LargeList(child)
+        | DataType::ListView(child)
+        | DataType::LargeListView(child)
+        | DataType::FixedSizeList(child, _)
+        | DataType::Map(child, _) => Some(alignment_of(child.data_type())),
+        _ => None,
+    };
+    own.chain(children).max().unwrap_or(1)
+}
+
+/// Whether all buffers begin at a multiple of `alignment`.
+fn all_aligned(alignment: usize, batch: &ipc::RecordBatch<'_>, body: &[u8]) -> bool {
+    let start = body.as_ptr() as usize;
+    let mut offsets = batch.buffers().into_iter().flatten().map(|buffer| usize::try_from(buffer.offset()).unwrap_or(0));
+    offsets.all(|offset| start.wrapping_add(offset).is_multiple_of(alignment))
+}
 
 /// Bytes of the buffers that lie badly for their type: arrow-ipc copies them. At most the body's own, whose buffers
 /// do not overlap.

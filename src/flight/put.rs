@@ -29,8 +29,8 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
-use storage::chunk::hash::batch_hash;
-use storage::chunk::{BatchMark, data_bytes};
+use storage::chunk::BatchMark;
+use storage::chunk::hash::hash_and_weight;
 use storage::ids::TopicId;
 use storage::schema::{TopicSchema, node_count};
 use tokio::sync::{oneshot, watch};
@@ -107,8 +107,8 @@ fn results(
 }
 
 fn put_result(mark: &Watermark) -> PutResult {
-    let json = serde_json::json!({ "rows": mark.rows, "batches": mark.batches, "bytes": mark.bytes });
-    PutResult { app_metadata: json.to_string().into() }
+    let json = format!(r#"{{"rows":{},"batches":{},"bytes":{}}}"#, mark.rows, mark.batches, mark.bytes);
+    PutResult { app_metadata: json.into() }
 }
 
 struct Ingest {
@@ -388,9 +388,9 @@ pub(super) fn check_batch(
     let rows_count =
         u32::try_from(rows.num_rows()).map_err(|_| invalid("a batch of more than 2^32 rows; send smaller batches"))?;
     let (time, sorted) = time_range(times.values());
-    let mark = BatchMark { rows: rows_count, hash: batch_hash(rows) };
     let stored = schema.to_stored(rows).map_err(|error| of_storage(&error))?;
-    let data_bytes = data_bytes(&stored);
+    let (hash, data_bytes) = hash_and_weight(rows, &stored);
+    let mark = BatchMark { rows: rows_count, hash };
     Ok(Batch { rows: stored, mark, data_bytes, time, sorted, permit, decode_permit, arrived, sent: Instant::now() })
 }
 

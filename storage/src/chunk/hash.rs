@@ -4,9 +4,11 @@
 //! compressed or aligned on the wire. Bytes behind nulls count as they are: a client that sends a
 //! batch again sends them again. XXH3-128; not cryptographic.
 
+use super::weight_of;
 use arrow::array::{Array, ArrayData, RecordBatch, layout};
 use arrow::buffer::BooleanBuffer;
 use arrow::datatypes::DataType;
+use std::sync::Arc;
 use twox_hash::XxHash3_128;
 use twox_hash::xxhash3_128::Hasher;
 
@@ -15,12 +17,21 @@ const OFFSETS: usize = 512;
 
 /// Hashes the values of a batch.
 pub fn batch_hash(batch: &RecordBatch) -> u128 {
+    hash_and_weight(batch, batch).0
+}
+
+/// The hash of a batch and the weight of the same rows as they are stored, [`super::data_bytes`]: most columns are the
+/// same in both, and taken apart once.
+pub fn hash_and_weight(batch: &RecordBatch, stored: &RecordBatch) -> (u128, u64) {
     let mut hasher = Stream::default();
+    let mut weight = 0;
     hasher.write(&(batch.num_rows() as u64).to_le_bytes());
-    for column in batch.columns() {
-        hash_data(&mut hasher, &column.to_data());
+    for (column, stored) in batch.columns().iter().zip(stored.columns()) {
+        let data = column.to_data();
+        hash_data(&mut hasher, &data);
+        weight += if Arc::ptr_eq(column, stored) { weight_of(&data) } else { weight_of(&stored.to_data()) };
     }
-    hasher.finish()
+    (hasher.finish(), weight)
 }
 
 /// Bytes of a batch that is hashed at once: a hasher that goes on takes memory of its own.
@@ -158,7 +169,6 @@ mod tests {
     use super::*;
     use arrow::array::{Int64Array, ListArray, StringArray};
     use arrow::datatypes::{Field, Int32Type, Schema};
-    use std::sync::Arc;
 
     fn batch(times: Vec<i64>, texts: Vec<Option<&str>>, lists: Vec<Option<Vec<Option<i32>>>>) -> RecordBatch {
         let lists = ListArray::from_iter_primitive::<Int32Type, _, _>(lists);

@@ -17,20 +17,18 @@ pub use record::{BatchMark, ChunkRecord, ColumnRecord};
 
 use crate::error::{Result, StorageError};
 use crate::schema::{TopicSchema, sample_batch};
-use arrow::array::RecordBatch;
+use arrow::array::{Array, ArrayData, RecordBatch};
 use arrow::datatypes::SchemaRef;
 use bytes::Bytes;
 
 /// Weight of a batch as it will be encoded, in bytes: sliced values, offsets and validity.
 pub fn data_bytes(batch: &RecordBatch) -> u64 {
-    use arrow::array::Array;
-    batch
-        .columns()
-        .iter()
-        .map(|column| {
-            column.to_data().get_slice_memory_size().unwrap_or_else(|_| column.get_array_memory_size()) as u64
-        })
-        .sum()
+    batch.columns().iter().map(|column| weight_of(&column.to_data())).sum()
+}
+
+/// The same of one column.
+fn weight_of(column: &ArrayData) -> u64 {
+    column.get_slice_memory_size().unwrap_or_else(|_| column.get_array_memory_size()) as u64
 }
 
 /// Sends an empty and a small batch of the schema through encode and decode (design.md section 5).
