@@ -99,7 +99,9 @@ fn run_once(config: Config, bench: Bench, made_anew: &mut bool) -> Result<Ended,
     let stats = Arc::new(Stats::default());
     let health = Arc::new(Health::of(volumes.all().len()));
     let counters = IoCounters::shared();
-    let (committer, committer_thread) = committer::start(catalog.clone(), Arc::clone(&stats), Arc::clone(&health))?;
+    let spacing = committer::spacing(config.commit_interval);
+    let (committer, committer_thread) =
+        committer::start(catalog.clone(), spacing, Arc::clone(&stats), Arc::clone(&health))?;
     let (steward, steward_thread) = start_steward(&volumes, &disk, &catalog, &committer, &counters, &health)?;
     let (loader, reader_thread) = start_reader(&config, &disk, &counters)?;
 
@@ -224,7 +226,7 @@ where
     let (volumes, disk, _volume_locks) = open_volumes(config)?;
     let catalog = folder::open_catalog(&volumes, &disk)?.catalog;
     let (committer, committer_thread) =
-        committer::start(catalog.clone(), Arc::new(Stats::default()), Arc::new(Health::default()))?;
+        committer::start(catalog.clone(), Duration::ZERO, Arc::new(Stats::default()), Arc::new(Health::default()))?;
     let (loader, reader_thread) = start_reader(config, &disk, &IoCounters::shared())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(command(Offline { catalog, committer, loader }));
@@ -401,14 +403,19 @@ fn log_summary(stats: &Stats) {
 
 /// Takes memory for uploads once and gives it back to the allocator, which keeps it: to meet a page for the first
 /// time costs more than to copy it three times, and stalls of that length in the middle of a recording (PERF.md).
-/// Runs beside everything else, within the budget.
+/// Runs beside everything else, within the sum that `info` states: what goes beyond the budget's part for messages
+/// is what streams leave unread, and few are open when a server starts.
 fn touch_memory(shared: &Arc<Shared>) -> io::Result<()> {
-    let (budget, bytes) = (shared.budget.clone(), shared.config.touch_memory_bytes);
+    let (budget, stats) = (shared.budget.clone(), Arc::clone(&shared.stats));
+    let bytes = shared.config.touch_memory_bytes;
     let touch = move || {
         let mut blocks = Vec::new();
         for _ in 0..bytes / limits::TOUCH_BLOCK_BYTES as u64 {
             // Uploads that came meanwhile touch what they need by themselves.
-            let Some(permit) = budget.receive.try_claim(limits::TOUCH_BLOCK_BYTES as u64) else { break };
+            let permit = budget.receive.try_claim(limits::TOUCH_BLOCK_BYTES as u64);
+            if permit.is_none() && stats.uploads.load(Ordering::Relaxed) > 0 {
+                break;
+            }
             // A page of zeros would not be taken before somebody writes to it.
             blocks.push((vec![1_u8; limits::TOUCH_BLOCK_BYTES], permit));
         }

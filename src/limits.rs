@@ -32,6 +32,9 @@ pub(crate) const DESCRIPTOR_BYTES_MAX: usize = 64 << 10;
 /// Items in the committer's lane, over all writers and life-cycle changes.
 pub(crate) const COMMIT_LANE_DEPTH: usize = 4096;
 
+/// Groups of the committer begin at most this far apart while writers send chunks and tail runs.
+pub(crate) const COMMIT_SPACING_MAX: Duration = Duration::from_millis(8);
+
 /// Most bytes in one grouped commit. Larger groups would delay every acknowledgement in them.
 pub(crate) const COMMIT_GROUP_BYTES_MAX: usize = 16 << 20;
 

@@ -98,10 +98,18 @@ impl Config {
             if least <= value { Ok(value) } else { Err(refuse(raw.get(key), &format!("must be at least {what}"))) }
         };
         at_least("memory_budget", memory_budget_bytes, 32 << 20, "32MiB")?;
+        let streams_max = u32::try_from(at_least("streams_max", number(raw.get("streams_max"))?, 1, "1")?)
+            .map_err(|_| refuse(raw.get("streams_max"), "is too large"))?;
+        let stream_window_bytes = match raw.get("stream_window").text.as_str() {
+            "auto" => limits::stream_window_bytes(memory_budget_bytes),
+            _ => u32::try_from(at_least("stream_window", size(raw.get("stream_window"))?, 64 << 10, "64KiB")?)
+                .map_err(|_| refuse(raw.get("stream_window"), "must be less than 2GiB"))?,
+        };
+        let window_bytes = u64::from(streams_max) * u64::from(stream_window_bytes);
         let touch_memory_bytes = match raw.get("touch_memory").text.as_str() {
-            // What received messages may hold.
-            "auto" => memory_budget_bytes - memory_budget_bytes / 4,
-            _ => size(raw.get("touch_memory"))?.min(memory_budget_bytes),
+            // What received messages may hold, and as much of what waits in windows as a thousand busy streams leave there.
+            "auto" => memory_budget_bytes - memory_budget_bytes / 4 + window_bytes.min(memory_budget_bytes / 2),
+            _ => size(raw.get("touch_memory"))?.min(memory_budget_bytes + window_bytes),
         };
         let data_dirs = folders(raw.get("data_dirs"))?;
         let writers = match raw.get("writers").text.as_str() {
@@ -115,11 +123,6 @@ impl Config {
             "auto" => host.cores.saturating_sub(writers).max(1),
             _ => usize::try_from(at_least("front_threads", number(raw.get("front_threads"))?, 1, "1")?)
                 .unwrap_or(usize::MAX),
-        };
-        let stream_window_bytes = match raw.get("stream_window").text.as_str() {
-            "auto" => limits::stream_window_bytes(memory_budget_bytes),
-            _ => u32::try_from(at_least("stream_window", size(raw.get("stream_window"))?, 64 << 10, "64KiB")?)
-                .map_err(|_| refuse(raw.get("stream_window"), "must be less than 2GiB"))?,
         };
         let chunk_bytes = at_least("chunk_bytes", size(raw.get("chunk_bytes"))?, 64 << 10, "64KiB")?;
         let segment_bytes = size(raw.get("segment_bytes"))?;
@@ -159,8 +162,7 @@ impl Config {
             read_cache_bytes: size(raw.get("read_cache"))?,
             message_bytes_max: at_least("message_bytes_max", size(raw.get("message_bytes_max"))?, 1 << 20, "1MiB")?,
             batch_memory_max: at_least("batch_memory_max", size(raw.get("batch_memory_max"))?, 1 << 20, "1MiB")?,
-            streams_max: u32::try_from(at_least("streams_max", number(raw.get("streams_max"))?, 1, "1")?)
-                .map_err(|_| refuse(raw.get("streams_max"), "is too large"))?,
+            streams_max,
             stream_window_bytes,
             upload_stall: duration(raw.get("upload_stall"))?,
             chunk_bytes,
@@ -292,7 +294,7 @@ mod tests {
         assert_eq!(config.memory_budget_bytes, 2 << 30);
         assert_eq!(config.writers, 4);
         assert_eq!(config.front_threads, 4);
-        assert_eq!(config.touch_memory_bytes, 3 << 29);
+        assert_eq!(config.touch_memory_bytes, (3 << 29) + (512 << 20));
         assert_eq!(config.stream_window_bytes, 512 << 10);
     }
 

@@ -1,7 +1,8 @@
 //! Station 7: one thread that makes changes durable, grouped over all topics and writers.
 //!
 //! Guarantees: it is the only writer of the catalog. What arrives while a group is being synced
-//! forms the next group. Nothing of a group is acknowledged before the group is durable (INV-1).
+//! forms the next group, and what writers send soon after one began waits for others ([`spacing`]); life-cycle changes
+//! and ends do not. Nothing of a group is acknowledged before the group is durable (INV-1).
 //! An entry for a topic that is not open for writing is dropped and its writer told.
 //!
 //! A failed commit has an unknown outcome: nothing of it is acknowledged, RocksDB is opened again (with
@@ -188,7 +189,14 @@ pub(crate) struct CommitHandle {
 
 impl CommitHandle {
     async fn send(&self, item: Item) -> Outcome {
-        self.lane.send(Entry { item, queued: Instant::now(), again: false }).await.map_err(|_| stopped())
+        let has_time = match &item {
+            Item::Chunk(commit) => commit.end.is_none(),
+            Item::Tail { .. } => true,
+            Item::End { .. } | Item::Change(_) => false,
+        };
+        let entry = Entry { item, queued: Instant::now(), again: false };
+        let sent = if has_time { self.lane.send_soon(entry).await } else { self.lane.send(entry).await };
+        sent.map_err(|_| stopped())
     }
 
     /// Queues a chunk; the reply comes when it is durable. Returns when it has its place in the order.
@@ -242,9 +250,16 @@ fn stopped() -> StorageError {
     StorageError::Catalog { op: "commit", text: "the committer has stopped".to_owned() }
 }
 
+/// How long after the beginning of a group the next one begins at the earliest, unless somebody waits for a change or
+/// an end: a sync costs as much as dozens of entries. A small part of what batches may wait anyway.
+pub(crate) fn spacing(commit_interval: Duration) -> Duration {
+    limits::COMMIT_SPACING_MAX.min(commit_interval / 6)
+}
+
 /// Starts the committer thread. It ends when all handles are gone.
 pub(crate) fn start(
     catalog: Catalog,
+    spacing: Duration,
     stats: Arc<Stats>,
     health: Arc<Health>,
 ) -> std::io::Result<(CommitHandle, std::thread::JoinHandle<()>)> {
@@ -252,7 +267,7 @@ pub(crate) fn start(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let thread = std::thread::Builder::new()
         .name("fb-committer".to_owned())
-        .spawn(move || runtime.block_on(run(catalog, receiver, stats, health)))?;
+        .spawn(move || runtime.block_on(run(catalog, receiver, spacing, stats, health)))?;
     Ok((handle, thread))
 }
 
@@ -263,11 +278,25 @@ pub(crate) fn pair() -> (CommitHandle, Receiver<Entry>) {
 }
 
 /// Commits what comes until all handles are gone.
-pub(crate) async fn run(catalog: Catalog, lane: Receiver<Entry>, stats: Arc<Stats>, health: Arc<Health>) {
+pub(crate) async fn run(
+    catalog: Catalog,
+    lane: Receiver<Entry>,
+    spacing: Duration,
+    stats: Arc<Stats>,
+    health: Arc<Health>,
+) {
     let live = Live::default();
     let mut committer = Committer { catalog, lane, stats, health, live, failures: 0, corruptions: 0, dead: None };
     let mut held = VecDeque::new();
-    while !held.is_empty() || committer.lane.ready().await {
+    let mut earliest = tokio::time::Instant::now();
+    while !held.is_empty() || committer.something_came().await {
+        // Cancel-safety: neither takes anything.
+        tokio::select! {
+            biased;
+            () = committer.lane.urged() => {}
+            () = tokio::time::sleep_until(earliest) => {}
+        }
+        earliest = tokio::time::Instant::now() + spacing;
         held = committer.commit_group(held).await;
     }
 }
@@ -288,6 +317,15 @@ struct Committer {
 }
 
 impl Committer {
+    /// Waits for the first entry of a group; `false`: none will come. From then on the lane is looked at without being
+    /// woken, until it is empty again.
+    async fn something_came(&self) -> bool {
+        self.lane.looks_by_itself(false);
+        let came = self.lane.ready().await;
+        self.lane.looks_by_itself(true);
+        came
+    }
+
     /// Applies what is held and what has come, as one group; returns what must be applied again.
     async fn commit_group(&mut self, mut held: VecDeque<Entry>) -> VecDeque<Entry> {
         if let Some(cause) = self.dead.clone() {

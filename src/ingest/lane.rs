@@ -20,6 +20,8 @@ struct Shared<T> {
     arrived: Notify,
     space: Notify,
     closed: AtomicBool,
+    /// An item that has no time was sent, or found no room, since the receiver saw this last.
+    urgent: AtomicBool,
     /// The receiver looks again soon, woken or not.
     looks: AtomicBool,
     senders: AtomicUsize,
@@ -32,6 +34,7 @@ pub(crate) fn lane<T>(depth: usize) -> (Sender<T>, Receiver<T>) {
         arrived: Notify::new(),
         space: Notify::new(),
         closed: AtomicBool::new(false),
+        urgent: AtomicBool::new(false),
         looks: AtomicBool::new(false),
         senders: AtomicUsize::new(1),
     });
@@ -47,6 +50,7 @@ impl<T> Sender<T> {
     /// Puts an item in, waiting for space.
     pub(crate) async fn send(&self, item: T) -> Result<(), Closed> {
         self.put(item).await?;
+        self.shared.urgent.store(true, Ordering::Release);
         self.shared.arrived.notify_one();
         Ok(())
     }
@@ -74,6 +78,7 @@ impl<T> Sender<T> {
                 Err(item) => item,
             };
             // It is full: whoever empties it must be awake.
+            self.shared.urgent.store(true, Ordering::Release);
             self.shared.arrived.notify_one();
             let space = self.shared.space.notified();
             tokio::pin!(space);
@@ -118,6 +123,21 @@ impl<T> Receiver<T> {
     pub(crate) fn looks_by_itself(&self, looks: bool) {
         self.shared.looks.store(looks, Ordering::Relaxed);
         fence(Ordering::SeqCst);
+    }
+
+    /// Waits until an item is there that has no time, or the lane is full; takes nothing. To be answered by taking all.
+    pub(crate) async fn urged(&self) {
+        loop {
+            let arrived = self.shared.arrived.notified();
+            tokio::pin!(arrived);
+            arrived.as_mut().enable();
+            // Cleared before all is taken: whatever comes meanwhile sets it again.
+            if self.shared.urgent.swap(false, Ordering::AcqRel) {
+                return;
+            }
+            // Cancel-safety: nothing was taken, and the flag stays set until it is seen.
+            arrived.await;
+        }
     }
 
     /// Waits until an item is there or all senders are gone; takes nothing.
@@ -186,6 +206,23 @@ mod tests {
             assert_eq!(ready.is_ok(), woken, "looks: {looks}");
             assert_eq!(receiver.try_recv(), Some(1));
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_item_that_has_no_time_urges_also_a_receiver_that_took_notice_of_it_otherwise() {
+        use std::time::Duration;
+        let (sender, receiver) = lane(2);
+        let urged = || tokio::time::timeout(Duration::from_secs(1), receiver.urged());
+        sender.send_soon(1).await.expect("open");
+        assert!(receiver.ready().await);
+        assert!(urged().await.is_err(), "it has time");
+        sender.send(2).await.expect("open");
+        assert!(receiver.ready().await);
+        assert!(urged().await.is_ok());
+        assert!(urged().await.is_err(), "said once");
+        let (blocked, urged) =
+            tokio::join!(tokio::time::timeout(Duration::from_millis(1), sender.send_soon(3)), urged());
+        assert!(blocked.is_err() && urged.is_ok(), "the lane is full");
     }
 
     #[tokio::test]

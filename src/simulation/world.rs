@@ -162,7 +162,14 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
     let (stats, counters) = (Arc::new(Stats::default()), IoCounters::shared());
     let (committer, commits) = committer::pair();
     let health = Arc::new(Health::default());
-    tokio::task::spawn_local(committer::run(catalog.clone(), commits, Arc::clone(&stats), Arc::clone(&health)));
+    let spacing = committer::spacing(config.commit_interval);
+    tokio::task::spawn_local(committer::run(
+        catalog.clone(),
+        commits,
+        spacing,
+        Arc::clone(&stats),
+        Arc::clone(&health),
+    ));
     let volumes = Arc::new(volumes(store));
     let (steward, jobs) = StewardHandle::new();
     let context = steward::Context {
