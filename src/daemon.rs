@@ -403,19 +403,17 @@ fn log_summary(stats: &Stats) {
 
 /// Takes memory for uploads once and gives it back to the allocator, which keeps it: to meet a page for the first
 /// time costs more than to copy it three times, and stalls of that length in the middle of a recording (PERF.md).
-/// Runs beside everything else, within the sum that `info` states: what goes beyond the budget's part for messages
-/// is what streams leave unread, and few are open when a server starts.
+/// Runs beside everything else, within the budget.
 fn touch_memory(shared: &Arc<Shared>) -> io::Result<()> {
-    let (budget, stats) = (shared.budget.clone(), Arc::clone(&shared.stats));
-    let bytes = shared.config.touch_memory_bytes;
+    let (budget, bytes) = (shared.budget.clone(), shared.config.touch_memory_bytes);
     let touch = move || {
         let mut blocks = Vec::new();
         for _ in 0..bytes / limits::TOUCH_BLOCK_BYTES as u64 {
             // Uploads that came meanwhile touch what they need by themselves.
-            let permit = budget.receive.try_claim(limits::TOUCH_BLOCK_BYTES as u64);
-            if permit.is_none() && stats.uploads.load(Ordering::Relaxed) > 0 {
+            let block = limits::TOUCH_BLOCK_BYTES as u64;
+            let Some(permit) = budget.receive.try_claim(block).or_else(|| budget.decode.try_claim(block)) else {
                 break;
-            }
+            };
             // A page of zeros would not be taken before somebody writes to it.
             blocks.push((vec![1_u8; limits::TOUCH_BLOCK_BYTES], permit));
         }

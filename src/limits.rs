@@ -32,7 +32,7 @@ pub(crate) const DESCRIPTOR_BYTES_MAX: usize = 64 << 10;
 /// Items in the committer's lane, over all writers and life-cycle changes.
 pub(crate) const COMMIT_LANE_DEPTH: usize = 4096;
 
-/// Groups of the committer begin at most this far apart while writers send chunks and tail runs.
+/// So much after the beginning of a group the committer waits for others to join the next, at most; see `spacing`.
 pub(crate) const COMMIT_SPACING_MAX: Duration = Duration::from_millis(8);
 
 /// Most bytes in one grouped commit. Larger groups would delay every acknowledgement in them.

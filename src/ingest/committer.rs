@@ -286,7 +286,8 @@ pub(crate) async fn run(
     health: Arc<Health>,
 ) {
     let live = Live::default();
-    let mut committer = Committer { catalog, lane, stats, health, live, failures: 0, corruptions: 0, dead: None };
+    let mut committer =
+        Committer { catalog, lane, stats, health, live, was_full: false, failures: 0, corruptions: 0, dead: None };
     let mut held = VecDeque::new();
     let mut earliest = tokio::time::Instant::now();
     while !held.is_empty() || committer.something_came().await {
@@ -298,6 +299,9 @@ pub(crate) async fn run(
         }
         earliest = tokio::time::Instant::now() + spacing;
         held = committer.commit_group(held).await;
+        if committer.was_full {
+            earliest = tokio::time::Instant::now();
+        }
     }
 }
 
@@ -307,6 +311,8 @@ struct Committer {
     stats: Arc<Stats>,
     health: Arc<Health>,
     live: Live,
+    /// The last group took no more: whoever has no time may be behind it.
+    was_full: bool,
     /// Commits that failed since one went well.
     failures: u32,
     /// Commits that failed by corruption, ever: one that goes well between them heals nothing.
@@ -333,6 +339,8 @@ impl Committer {
             return VecDeque::new();
         }
         let mut applied = Vec::new();
+        self.was_full = false;
+        self.lane.takes_notice();
         let outcome = match self.catalog.group() {
             Ok(mut group) => {
                 while group.size_bytes() < limits::COMMIT_GROUP_BYTES_MAX
@@ -340,6 +348,7 @@ impl Committer {
                 {
                     applied.push(apply(&mut group, &mut self.live, entry, &self.stats));
                 }
+                self.was_full = limits::COMMIT_GROUP_BYTES_MAX <= group.size_bytes();
                 group.commit()
             }
             Err(error) => Err(error),

@@ -20,7 +20,7 @@ struct Shared<T> {
     arrived: Notify,
     space: Notify,
     closed: AtomicBool,
-    /// An item that has no time was sent, or found no room, since the receiver saw this last.
+    /// An item that has no time was sent, or found no room, since the receiver took notice.
     urgent: AtomicBool,
     /// The receiver looks again soon, woken or not.
     looks: AtomicBool,
@@ -125,17 +125,22 @@ impl<T> Receiver<T> {
         fence(Ordering::SeqCst);
     }
 
-    /// Waits until an item is there that has no time, or the lane is full; takes nothing. To be answered by taking all.
+    /// Forgets what [`Self::urged`] would tell: all that is there is going to be taken.
+    pub(crate) fn takes_notice(&self) {
+        self.shared.urgent.store(false, Ordering::Release);
+    }
+
+    /// Waits until an item came that has no time, or found the lane full, since the last [`Self::takes_notice`]; takes
+    /// nothing.
     pub(crate) async fn urged(&self) {
         loop {
             let arrived = self.shared.arrived.notified();
             tokio::pin!(arrived);
             arrived.as_mut().enable();
-            // Cleared before all is taken: whatever comes meanwhile sets it again.
-            if self.shared.urgent.swap(false, Ordering::AcqRel) {
+            if self.shared.urgent.load(Ordering::Acquire) {
                 return;
             }
-            // Cancel-safety: nothing was taken, and the flag stays set until it is seen.
+            // Cancel-safety: nothing was taken, and the flag stays set.
             arrived.await;
         }
     }
@@ -219,6 +224,7 @@ mod tests {
         sender.send(2).await.expect("open");
         assert!(receiver.ready().await);
         assert!(urged().await.is_ok());
+        receiver.takes_notice();
         assert!(urged().await.is_err(), "said once");
         let (blocked, urged) =
             tokio::join!(tokio::time::timeout(Duration::from_millis(1), sender.send_soon(3)), urged());

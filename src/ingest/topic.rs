@@ -83,6 +83,8 @@ pub(super) struct Topic<D: Disk> {
     pub(super) turn: RefCell<Option<oneshot::Receiver<()>>>,
     pub(super) in_flight: Cell<usize>,
     pub(super) tail_in_flight: Cell<bool>,
+    /// Its end has come: what is open of it closes with that, or stays in the tail.
+    pub(super) ended: Cell<bool>,
     /// Its chunk is to close and waits for a place.
     pub(super) is_held_up: Cell<bool>,
     /// Makes its next segment ahead of need.
@@ -168,6 +170,7 @@ impl<D: Disk> Topic<D> {
             turn: RefCell::new(None),
             in_flight: Cell::new(0),
             tail_in_flight: Cell::new(false),
+            ended: Cell::new(false),
             is_held_up: Cell::new(false),
             making: RefCell::new(None),
             failed: RefCell::new(None),
@@ -329,7 +332,9 @@ pub(super) struct Pieces {
     batches: Vec<RecordBatch>,
     /// So many in front are not looked at again: no small one is among them that another may come to.
     settled: usize,
-    /// Memory of so many in front, in bytes.
+    /// Memory of the settled ones, in bytes.
+    settled_bytes: usize,
+    /// So many in front were weighed, and what they weigh.
     weighed: (usize, usize),
 }
 
@@ -341,7 +346,7 @@ impl Pieces {
             return false;
         }
         let unsettled = self.batches.split_off(self.settled);
-        self.weighed = (0, 0);
+        self.weighed = (self.settled, self.settled_bytes);
         let before = unsettled.len();
         let is_small = |piece: &RecordBatch| piece.get_array_memory_size() <= limits::COALESCE_PIECE_BYTES;
         for group in unsettled.chunk_by(|a, b| is_small(a) && is_small(b)) {
@@ -356,6 +361,7 @@ impl Pieces {
         let joined = self.batches.len() - self.settled < before;
         // What comes next may be joined with the last piece, with no other.
         self.settled = self.batches.len() - usize::from(self.batches.last().is_some_and(is_small));
+        self.settled_bytes = self.weigh_first(self.settled);
         joined
     }
 
@@ -363,12 +369,17 @@ impl Pieces {
         self.batches.is_empty()
     }
 
-    /// Memory of all of them, in bytes. Each is asked once: it walks over all its columns.
+    /// Memory of all of them, in bytes. A piece is asked once or twice, not each time: it walks over all its columns.
     pub(super) fn weigh(&mut self) -> usize {
-        let (count, bytes) = self.weighed;
-        let new: usize = self.batches.iter().skip(count).map(RecordBatch::get_array_memory_size).sum();
-        self.weighed = (self.batches.len(), bytes + new);
-        bytes + new
+        self.weigh_first(self.batches.len())
+    }
+
+    /// The same of so many in front, at least as many as were weighed.
+    fn weigh_first(&mut self, count: usize) -> usize {
+        let (weighed, bytes) = self.weighed;
+        let new = self.batches.get(weighed..count).unwrap_or(&[]).iter().map(RecordBatch::get_array_memory_size);
+        self.weighed = (count, bytes + new.sum::<usize>());
+        self.weighed.1
     }
 
     pub(super) fn into_batches(self) -> Vec<RecordBatch> {
@@ -378,7 +389,7 @@ impl Pieces {
 
 impl From<Vec<RecordBatch>> for Pieces {
     fn from(batches: Vec<RecordBatch>) -> Self {
-        Self { batches, settled: 0, weighed: (0, 0) }
+        Self { batches, ..Self::default() }
     }
 }
 
@@ -404,7 +415,12 @@ mod tests {
         let mut pieces = Pieces::default();
         for row in 0..10_000 {
             pieces.push(&schema, numbers(&schema, row..row + 1));
+            if row % 7 == 0 {
+                pieces.weigh();
+            }
         }
+        let one_by_one: usize = pieces.batches.iter().map(RecordBatch::get_array_memory_size).sum();
+        assert_eq!(pieces.weigh(), one_by_one);
         let batches = pieces.into_batches();
         assert!(batches.len() <= limits::COALESCE_PIECES + 2, "{} pieces", batches.len());
         let rows = batches.iter().flat_map(|batch| batch.column(0).as_primitive::<Int64Type>().values().to_vec());

@@ -94,7 +94,7 @@ struct Writer<D: Disk> {
     flushing_bytes: Cell<u64>,
     flush_time: Cell<FlushTime>,
     looks: Looks<D>,
-    /// Deleted topics that have something under way still.
+    /// Deleted topics that are not let go yet: something of them may be under way.
     forgotten: RefCell<Vec<Rc<Topic<D>>>>,
     /// Woken by every flush that ends.
     progress: tokio::sync::Notify,
@@ -253,6 +253,7 @@ impl<D: Disk> Writer<D> {
 
     fn end(self: &Rc<Self>, topic: &Rc<Topic<D>>, end: End, reply: oneshot::Sender<Result<(), StorageError>>) {
         topic.ending.replace(Some((end, reply)));
+        topic.ended.set(true);
         let failed = topic.failed.borrow().is_some();
         let (empty, enough) = {
             let open = topic.open.borrow();
@@ -260,11 +261,11 @@ impl<D: Disk> Writer<D> {
         };
         // Small batches are safe before the chunk that ends their topic is, as far as the tail takes them: hundreds of
         // topics may end at once. One that stays unlocked gets no chunk for them.
-        let (mut tail, bytes) = (self.looks.tail_rate.get(), topic.unsafe_bytes());
+        let (mut tail, bytes) = (self.looks.tail_rate(Instant::now()), topic.unsafe_bytes());
         let goes = matches!(end, End::Leave) || bytes < CROWD_FLOOR_BYTES && tail.has(bytes);
         if !failed && !enough && !topic.open.borrow().fresh.is_empty() && goes {
             tail.take(bytes);
-            self.looks.tail_rate.set(tail);
+            self.looks.keep_tail_rate(tail);
             self.tail(topic);
         }
         let failed = topic.failed.borrow().is_some();

@@ -2,7 +2,7 @@
 //!
 //! Guarantees: every open chunk is looked at once a look interval, however often the thread wakes; between two looks
 //! only what may have changed is (what got batches, what was held up, what gives way), so that a wake-up costs the same
-//! with ten topics and with a thousand.
+//! with ten topics and with a thousand. A topic whose end has come is left alone: its last chunk is with its end.
 
 use crate::ingest::gather::{TailRate, Verdict, Why, verdict};
 use crate::ingest::topic::Topic;
@@ -53,7 +53,7 @@ pub(super) struct Looks<D: Disk> {
     /// How soon the open chunks want to be looked at, by what is known of them.
     pace: Cell<Pace>,
     /// What may go to the tail now.
-    pub(super) tail_rate: Cell<TailRate>,
+    tail_rate: Cell<TailRate>,
     tail_refilled: Cell<Instant>,
 }
 
@@ -68,6 +68,18 @@ impl<D: Disk> Looks<D> {
             tail_rate: Cell::new(tail_rate),
             tail_refilled: Cell::new(Instant::now()),
         }
+    }
+
+    /// What may go to the tail at a time.
+    pub(super) fn tail_rate(&self, now: Instant) -> TailRate {
+        let mut tail = self.tail_rate.get();
+        tail.refill(now.saturating_duration_since(self.tail_refilled.replace(now)));
+        tail
+    }
+
+    /// What may go there after something went.
+    pub(super) fn keep_tail_rate(&self, tail: TailRate) {
+        self.tail_rate.set(tail);
     }
 
     /// Notes that a topic got batches, or has them from an earlier upload.
@@ -101,11 +113,10 @@ impl<D: Disk> Writer<D> {
         let mut topics = topics.into_iter();
         let mut pace = if is_look { Pace::Idle } else { self.looks.pace.get() };
         let until_look = interval.saturating_sub(now.duration_since(self.looks.looked.get().unwrap_or(now)));
-        let mut tail = self.looks.tail_rate.get();
-        tail.refill(now.duration_since(self.looks.tail_refilled.replace(now)));
+        let mut tail = self.looks.tail_rate(now);
         while let Some(topic) = self.longest_waiting(&mut waiting, is_look).or_else(|| topics.next()) {
             // A topic may be here more than once: what was taken from it the first time is not there any more.
-            if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() {
+            if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() || topic.ended.get() {
                 continue;
             }
             let flush_takes = self.flush_time.get().expected();
@@ -120,6 +131,9 @@ impl<D: Disk> Writer<D> {
                             tail.take(topic.unsafe_bytes());
                         }
                         self.flush(&topic, None);
+                    } else if gives_way {
+                        // Others waited longer; it is the largest still.
+                        self.looks.largest.borrow_mut().push(topic);
                     } else if !topic.is_held_up.replace(true) {
                         self.looks.held_up.borrow_mut().push_back(topic);
                     }
@@ -134,7 +148,7 @@ impl<D: Disk> Writer<D> {
         }
         waiting.append(&mut self.looks.held_up.borrow_mut());
         self.looks.held_up.replace(waiting);
-        self.looks.tail_rate.set(tail);
+        self.looks.keep_tail_rate(tail);
         self.looks.pace.set(pace);
         match pace {
             Pace::Unsafe => until_look,
@@ -180,8 +194,8 @@ impl<D: Disk> Writer<D> {
             && let Some(topic) = largest.pop()
         {
             let bytes = topic.open.borrow().data_bytes;
-            // It may have closed since the look.
-            if bytes > 0 {
+            // It may have closed or ended since the look.
+            if bytes > 0 && !topic.ended.get() {
                 freeing += bytes;
                 chosen.push(topic);
             }
