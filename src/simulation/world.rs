@@ -182,7 +182,9 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
     tokio::task::spawn_local(steward::serve(disk.slowed(manner.lag), jobs, context));
     let (reads, jobs) = mpsc::channel(limits::SERVICE_LANE_DEPTH);
     tokio::task::spawn_local(read::serve(disk.clone(), jobs, Arc::clone(&counters)));
-    let budget = Budget::new(8 << 20);
+    // Every third recorder is short of memory: chunks give way while others begin and end.
+    let budget_bytes = if manner.seed % 3 == 1 { 64 << 10 } else { 8 << 20 };
+    let budget = Budget::new(budget_bytes);
     let context = writer::Context {
         volumes: Arc::clone(&volumes),
         rule: ChunkRule {
@@ -194,7 +196,7 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
         index: true,
         prealloc: Arc::new(PreallocBudget::new(1 << 20)),
         budget: budget.clone(),
-        budget_bytes: 8 << 20,
+        budget_bytes,
         writers: 1,
         committer: committer.clone(),
         steward: steward.clone(),
