@@ -9,7 +9,7 @@ use crate::flight::assemble::{Descriptor, Incoming};
 use crate::flight::decode::{self, Decoded, Decoder};
 use crate::flight::dialect::{Connection, Hint};
 use crate::flight::service::Shared;
-use crate::flight::status::{invalid, of_storage};
+use crate::flight::status::{disk_is_full, invalid, of_storage};
 use crate::flight::upload::{Monitor, UploadEnd};
 use crate::health::Space;
 use crate::ingest::admit::Permit;
@@ -313,10 +313,6 @@ pub(super) fn target(
     };
     let locator = Locator::topic("resource_locator", &locator)?;
     Ok((locator, TopicId(parse_uuid("topic_uuid", &key)?), resume_from))
-}
-
-fn disk_is_full(what: &str) -> Status {
-    Status::resource_exhausted(format!("the recorder's disk is full: {what}; delete or move recordings"))
 }
 
 /// What ends an upload from our side.

@@ -40,8 +40,11 @@ pub(crate) fn of_registry(error: &RegistryError) -> Status {
 
 /// The status of a storage error.
 pub(crate) fn of_storage(error: &StorageError) -> Status {
+    // Whichever notices first, the chunk or the watch over the space: the client is told alike.
+    if error.is_full_disk() {
+        return disk_is_full(&error.to_string());
+    }
     let code = match error {
-        error if error.is_full_disk() => Code::ResourceExhausted,
         StorageError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Code::NotFound,
         StorageError::Io { .. } | StorageError::Directory(_) => Code::Internal,
         StorageError::Catalog { .. } | StorageError::Away { .. } => Code::Unavailable,
@@ -52,6 +55,11 @@ pub(crate) fn of_storage(error: &StorageError) -> Status {
         _ => Code::Internal,
     };
     Status::new(code, error.to_string())
+}
+
+/// The refusal of what the disk has no room for.
+pub(crate) fn disk_is_full(what: &str) -> Status {
+    Status::resource_exhausted(format!("the recorder's disk is full: {what}; delete or move recordings"))
 }
 
 impl From<LifecycleError> for Status {
@@ -87,7 +95,9 @@ mod tests {
             LifecycleError::Invalid { key: "name", value: String::new(), why: "is empty".into() },
             Code::InvalidArgument,
         );
-        let full = StorageError::io("write", "/x", std::io::ErrorKind::StorageFull.into());
-        check(LifecycleError::Storage(full), Code::ResourceExhausted);
+        let full = LifecycleError::Storage(StorageError::io("write", "/x", std::io::ErrorKind::StorageFull.into()));
+        let told = of_lifecycle(&full).message().to_owned();
+        assert!(told.contains("the recorder's disk is full: write /x") && told.contains("delete or move"), "{told}");
+        check(full, Code::ResourceExhausted);
     }
 }
