@@ -54,6 +54,9 @@ struct Arguments {
     /// Sample the server's stacks with perf, and keep flame graphs. Costs a few per cent.
     #[arg(long)]
     perf: bool,
+    /// Closed loops of flightbox alone, without limits and rivals: to alternate two builds while developing.
+    #[arg(long)]
+    alone: bool,
     /// Power cuts to replay.
     #[arg(long, default_value_t = 200)]
     cuts: u64,
@@ -123,6 +126,7 @@ fn run_suite(
     let title = if names == suite::ALL { "all".to_owned() } else { names.join("+") };
     let folder =
         if arguments.no_results { tempfile::tempdir()?.keep() } else { report::folder(&arguments.out, &title)? };
+    suite.alone = arguments.alone;
     if arguments.perf {
         suite.profiles = Some(folder.clone());
     }

@@ -70,6 +70,8 @@ pub(crate) struct Suite {
     pub(crate) kept: Kept,
     /// Folder for profiles of this run, if perf is to record them.
     pub(crate) profiles: Option<PathBuf>,
+    /// Whether limits and rivals of the closed loops are left out.
+    pub(crate) alone: bool,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -84,6 +86,7 @@ impl Suite {
             samples: Samples::default(),
             kept: Kept::default(),
             profiles: None,
+            alone: false,
             runtime,
         })
     }
@@ -155,6 +158,9 @@ impl Suite {
         bytes: u64,
     ) -> Result<(), AnyError> {
         let load = Closed { profile, streams, bytes };
+        if self.alone {
+            return self.flightbox(pass, name, "flightbox", &[], load);
+        }
         for (contestant, how) in [("disk", Fio::Write), ("disk_sync", Fio::WriteSync)] {
             rest();
             let rate = disk::fio(&self.scratch, bytes, how)?;
@@ -215,6 +221,9 @@ impl Suite {
 
     /// Others that take or write the same blobs.
     fn rivals(&mut self, pass: usize) -> Result<(), AnyError> {
+        if self.alone {
+            return Ok(());
+        }
         let load = Closed { profile: Profile::Image, streams: 4, bytes: self.bytes };
         for (contestant, kind) in [("naive", "naive"), ("naive_fsync", "naive-sync")] {
             let folder = tempfile::tempdir_in(&self.scratch)?;
@@ -247,7 +256,7 @@ impl Suite {
     }
 
     fn python_files(&mut self, pass: usize, name: &str, profile: &str) -> Result<(), AnyError> {
-        let Some(python) = files::python().filter(|_| pass == 0) else { return Ok(()) };
+        let Some(python) = files::python().filter(|_| pass == 0 && !self.alone) else { return Ok(()) };
         for (contestant, kind) in [("parquet_pyarrow", "parquet"), ("mcap_python", "mcap")] {
             let path = self.scratch.join("rival.data");
             rest();
