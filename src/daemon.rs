@@ -26,6 +26,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use storage::catalog::Catalog;
+use storage::depth::Buffers;
 use storage::disk::{Disk, DiskState, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
 use storage::read::{self, Loader};
@@ -296,14 +297,14 @@ fn start_steward(
         counters: Arc::clone(counters),
         health: Arc::clone(health),
     };
-    let thread = on_disk("fb-steward", disk, RING_BUFFERS_PER_SERVICE, StewardBody { jobs, context })?;
+    let thread = on_disk("fb-steward", disk, Buffers::of(RING_BUFFERS_PER_SERVICE), StewardBody { jobs, context })?;
     Ok((handle, thread))
 }
 
 fn start_reader(config: &Config, disk: &DiskState, counters: &Arc<IoCounters>) -> io::Result<(Loader, JoinHandle<()>)> {
     let (sender, jobs) = mpsc::channel(limits::SERVICE_LANE_DEPTH);
     let body = ReaderBody { jobs, counters: Arc::clone(counters) };
-    let thread = on_disk("fb-reader", disk, RING_BUFFERS_PER_SERVICE, body)?;
+    let thread = on_disk("fb-reader", disk, Buffers::of(RING_BUFFERS_PER_SERVICE), body)?;
     let cache_bytes = usize::try_from(config.read_cache_bytes).unwrap_or(usize::MAX);
     Ok((Loader::new(sender, cache_bytes), thread))
 }
@@ -320,8 +321,9 @@ fn start_writers(
     for index in 0..config.writers {
         let (sender, lane) = lane(limits::WRITER_LANE_DEPTH);
         let core = if config.writers < cores.len() { cores.iter().rev().nth(index).copied() } else { None };
+        let buffers = Buffers { count: RING_BUFFERS_PER_WRITER, depth: context.committer.depth().clone() };
         let body = WriterBody { lane, context: context.clone(), core };
-        threads.push(on_disk(&format!("fb-writer-{index}"), disk, RING_BUFFERS_PER_WRITER, body)?);
+        threads.push(on_disk(&format!("fb-writer-{index}"), disk, buffers, body)?);
         lanes.push(sender);
     }
     Ok((WriterHandles::new(lanes), threads))

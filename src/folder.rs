@@ -14,6 +14,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use storage::catalog::records::TopicRecord;
 use storage::catalog::{Catalog, salvage};
+use storage::depth::Buffers;
 use storage::disk::{Disk, DiskState};
 use storage::limits::RING_BUFFERS_PER_SERVICE;
 use storage::rebuild::{self, Rebuilt};
@@ -303,7 +304,7 @@ fn from_files(
 ) -> Result<Rebuilt, AnyError> {
     let (told, hear) = mpsc::channel();
     let body = RebuildBody { volumes: Arc::clone(volumes), into: into.clone(), told };
-    let thread = on_disk("fb-rebuild", disk, RING_BUFFERS_PER_SERVICE, body)?;
+    let thread = on_disk("fb-rebuild", disk, Buffers::of(RING_BUFFERS_PER_SERVICE), body)?;
     let mut result = Err(StorageError::Directory("the thread that reads the files has died".to_owned()));
     for news in hear {
         match news {

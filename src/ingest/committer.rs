@@ -23,6 +23,7 @@ use storage::catalog::records::{SegmentRecord, TopicTotals};
 use storage::catalog::{Catalog, Group, Look, Txn};
 use storage::chunk::ChunkRecord;
 use storage::chunk::record::SkipRecord;
+use storage::depth::Depth;
 use storage::ids::TopicNo;
 use storage::tail::TailRun;
 use tokio::sync::{oneshot, watch};
@@ -185,18 +186,27 @@ enum Applied {
 #[derive(Clone)]
 pub(crate) struct CommitHandle {
     lane: Sender<Entry>,
+    depth: Depth,
 }
 
 impl CommitHandle {
     async fn send(&self, item: Item) -> Outcome {
-        let has_time = match &item {
-            Item::Chunk(commit) => commit.end.is_none(),
-            Item::Tail { .. } => true,
-            Item::End { .. } | Item::Change(_) => false,
+        let (has_time, is_small) = match &item {
+            Item::Chunk(commit) => (commit.end.is_none(), commit.end.is_some()),
+            Item::Tail { .. } => (true, true),
+            Item::End { .. } | Item::Change(_) => (false, true),
         };
+        if is_small {
+            self.depth.small_write();
+        }
         let entry = Entry { item, queued: Instant::now(), again: false };
         let sent = if has_time { self.lane.send_soon(entry).await } else { self.lane.send(entry).await };
         sent.map_err(|_| stopped())
+    }
+
+    /// Knows when somebody waits for a small commit; for those who make large writes on the same device.
+    pub(crate) fn depth(&self) -> &Depth {
+        &self.depth
     }
 
     /// Queues a chunk; the reply comes when it is durable. Returns when it has its place in the order.
@@ -274,7 +284,7 @@ pub(crate) fn start(
 /// A handle, and the end that [`run`] takes.
 pub(crate) fn pair() -> (CommitHandle, Receiver<Entry>) {
     let (sender, receiver) = lane(limits::COMMIT_LANE_DEPTH);
-    (CommitHandle { lane: sender }, receiver)
+    (CommitHandle { lane: sender, depth: Depth::default() }, receiver)
 }
 
 /// Commits what comes until all handles are gone.

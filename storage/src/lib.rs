@@ -8,6 +8,7 @@
 pub mod catalog;
 pub mod checksum;
 pub mod chunk;
+pub mod depth;
 pub mod disk;
 pub mod error;
 pub mod export;

@@ -1,5 +1,7 @@
 //! Every bound of the storage crate, with what it protects and what it was sized against.
 
+use std::time::Duration;
+
 /// Alignment of every chunk, buffer and direct write, in bytes.
 /// The largest logical block size in use today; the device's own `dio_offset_align` (statx) may be
 /// smaller, never larger, or the direct engine is not used.
@@ -9,9 +11,17 @@ pub const BLOCK_BYTES: u64 = 4096;
 /// Smaller: more system calls a chunk. Larger: the slice that a writer encodes without parking grows.
 pub const RING_BUFFER_BYTES: usize = 1 << 20;
 
-/// Ring buffers of one writer thread. Bounds the bytes under way to the device.
-/// Sized against queue depth 8 to 16 at 1 MiB, where the measured disk is saturated.
-pub const RING_BUFFERS_PER_WRITER: usize = 8;
+/// Ring buffers of one writer thread. Bounds the bytes under way to the device while only chunks go there: some wait
+/// for the file system after the device is done with them.
+pub const RING_BUFFERS_PER_WRITER: usize = 16;
+
+/// Buffers of one thread that may be out at once while somebody waits for a small durable write, which stands behind
+/// them at the device: 8 MiB are 3 to 6 ms of the measured disk.
+pub const RING_BUFFERS_LOW: usize = 8;
+
+/// How long after a small write the next one is expected: more than the tenth of a second between two rows of a slow
+/// sensor.
+pub const DEPTH_LOW_AFTER: Duration = Duration::from_millis(250);
 
 /// Ring buffers of the reader and of the steward thread each.
 pub const RING_BUFFERS_PER_SERVICE: usize = 8;

@@ -13,6 +13,7 @@ pub mod allocator;
 
 pub use aligned::AlignedBuf;
 
+use crate::depth::{Buffers, Depth};
 use crate::disk::{Disk, DiskState, Durability, Engine};
 use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES, RING_ENTRIES};
 use io_uring::{cqueue, opcode, squeue, types};
@@ -29,11 +30,11 @@ use tokio::sync::Notify;
 use tokio_uring::buf::fixed::{FixedBuf, FixedBufRegistry};
 use tokio_uring::{OneshotOutputTransform, UnsubmittedOneshot};
 
-/// Runs `body` on this thread with a ring of `buffers` buffers, until its future ends.
+/// Runs `body` on this thread with a ring and these buffers, until its future ends.
 ///
 /// # Errors
 /// When the kernel gives no ring.
-pub fn run<F, Fut>(state: &DiskState, buffers: usize, body: F) -> io::Result<Fut::Output>
+pub fn run<F, Fut>(state: &DiskState, buffers: Buffers, body: F) -> io::Result<Fut::Output>
 where
     F: FnOnce(UringDisk) -> Fut,
     Fut: Future,
@@ -67,7 +68,7 @@ pub fn probe(dir: &Path, allow_uring: bool) -> DiskState {
     let state = DiskState { engine: Engine::Uring, direct, registered: true, notes: Vec::new() };
     match std::thread::scope(|scope| {
         // On a thread of its own: a ring belongs to the thread that makes it.
-        scope.spawn(|| run(&state, 1, |disk| async move { disk.registered() })).join()
+        scope.spawn(|| run(&state, Buffers::of(1), |disk| async move { disk.registered() })).join()
     }) {
         Ok(Ok(registered)) => {
             if !registered {
@@ -143,6 +144,21 @@ struct Pool {
     registry: Option<FixedBufRegistry<AlignedBuf>>,
     free: RefCell<Vec<Slot>>,
     returned: Notify,
+    count: usize,
+    depth: Depth,
+}
+
+impl Pool {
+    /// A free buffer, if one more may be out. Wakes the next who waits, if yet another may.
+    fn take(&self) -> Option<Slot> {
+        let allowed = self.depth.allowed(self.count);
+        let out = self.count - self.free.borrow().len();
+        let slot = if out < allowed { self.free.borrow_mut().pop() } else { None };
+        if slot.is_some() && out + 1 < allowed {
+            self.returned.notify_one();
+        }
+        slot
+    }
 }
 
 enum Slot {
@@ -243,16 +259,17 @@ fn ring_len(len: usize) -> u32 {
 }
 
 impl UringDisk {
-    fn new(state: &DiskState, buffers: usize) -> Self {
+    fn new(state: &DiskState, buffers: Buffers) -> Self {
+        let Buffers { count, depth } = buffers;
         let registry = state
             .registered
-            .then(|| FixedBufRegistry::new(std::iter::repeat_with(AlignedBuf::new).take(buffers)))
+            .then(|| FixedBufRegistry::new(std::iter::repeat_with(AlignedBuf::new).take(count)))
             .filter(|registry| registry.register().is_ok());
         let free = match &registry {
-            Some(registry) => (0..buffers).filter_map(|index| registry.check_out(index).map(Slot::Fixed)).collect(),
-            None => std::iter::repeat_with(|| Slot::Plain(AlignedBuf::new())).take(buffers).collect(),
+            Some(registry) => (0..count).filter_map(|index| registry.check_out(index).map(Slot::Fixed)).collect(),
+            None => std::iter::repeat_with(|| Slot::Plain(AlignedBuf::new())).take(count).collect(),
         };
-        let pool = Pool { registry, free: RefCell::new(free), returned: Notify::new() };
+        let pool = Pool { registry, free: RefCell::new(free), returned: Notify::new(), count, depth };
         Self { pool: Rc::new(pool), direct: state.direct }
     }
 
@@ -319,8 +336,7 @@ impl Disk for UringDisk {
     async fn buffer(&self) -> PoolBuf {
         loop {
             // Cancel-safety: nothing has left the pool before the return.
-            let slot = self.pool.free.borrow_mut().pop();
-            if let Some(slot) = slot {
+            if let Some(slot) = self.pool.take() {
                 return PoolBuf { slot: Some(slot), pool: Rc::clone(&self.pool) };
             }
             self.pool.returned.notified().await;
@@ -466,5 +482,47 @@ impl Disk for UringDisk {
     async fn breathe(&self) {
         // Only a thread that really parks submits its queue; waiting for a no-op makes it park.
         tokio_uring::no_op().await.ok(); // A failed no-op has parked as well.
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::{DEPTH_LOW_AFTER, RING_BUFFERS_LOW};
+    use std::time::Duration;
+    use tokio::time::timeout;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    fn disk(count: usize, depth: &Depth) -> UringDisk {
+        let free = std::iter::repeat_with(|| Slot::Plain(AlignedBuf::new())).take(count).collect();
+        let depth = depth.clone();
+        let pool = Pool { registry: None, free: RefCell::new(free), returned: Notify::new(), count, depth };
+        UringDisk { pool: Rc::new(pool), direct: false }
+    }
+
+    #[tokio::test]
+    async fn few_buffers_are_out_after_a_small_write_and_all_who_wait_get_one_later() {
+        let depth = Depth::default();
+        let disk = disk(RING_BUFFERS_LOW + 3, &depth);
+        depth.small_write();
+        let mut out = Vec::new();
+        for _ in 0..RING_BUFFERS_LOW {
+            out.push(timeout(SOON, disk.buffer()).await.expect("it may be out"));
+        }
+        let one_more = timeout(Duration::from_millis(20), disk.buffer()).await;
+        assert!(one_more.is_err(), "more than {RING_BUFFERS_LOW} are out");
+        // Somebody waits for each that is free, and one buffer that comes back wakes them all.
+        let later = async {
+            tokio::time::sleep(DEPTH_LOW_AFTER + Duration::from_millis(10)).await;
+            out.pop();
+        };
+        let ((), first, second, third, fourth) =
+            timeout(SOON, async { tokio::join!(later, disk.buffer(), disk.buffer(), disk.buffer(), disk.buffer()) })
+                .await
+                .expect("all four get one");
+        assert!(disk.pool.free.borrow().is_empty());
+        drop((first, second, third, fourth, out));
+        assert_eq!(disk.pool.free.borrow().len(), RING_BUFFERS_LOW + 3);
     }
 }
