@@ -6,6 +6,9 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
 /// [`RING_BUFFER_BYTES`] zeroed bytes at a block-aligned address.
+///
+/// Aligned no further: what asks for more than 64 KiB mimalloc takes outside of its arenas and so off huge pages, and a
+/// write of scattered pages is cut into requests of half a megabyte, with twice the time to any sync behind them (PERF.md).
 #[derive(Debug)]
 pub struct AlignedBuf {
     start: NonNull<u8>,
