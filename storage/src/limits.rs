@@ -16,7 +16,7 @@ pub const RING_BUFFER_BYTES: usize = 1 << 20;
 pub const RING_BUFFERS_PER_WRITER: usize = 16;
 
 /// Buffers of one thread that may be out at once while somebody waits for a small durable write, which stands behind
-/// them at the device: 8 MiB are 3 to 6 ms of the measured disk.
+/// them at the device: the 8 MiB of one writer are 3 to 6 ms of the measured disk.
 pub const RING_BUFFERS_LOW: usize = 8;
 
 /// How long after a small write the next one is expected: more than the tenth of a second between two rows of a slow

@@ -74,6 +74,8 @@ impl<D: Disk> Looks<D> {
     pub(super) fn tail_rate(&self, now: Instant) -> TailRate {
         let mut tail = self.tail_rate.get();
         tail.refill(now.saturating_duration_since(self.tail_refilled.replace(now)));
+        // Kept at once: who asks does not always take.
+        self.tail_rate.set(tail);
         tail
     }
 
