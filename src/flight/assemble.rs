@@ -13,6 +13,7 @@ use arrow_flight::flight_descriptor::DescriptorType;
 use arrow_flight::{FlightData, FlightDescriptor};
 use bytes::Bytes;
 use prost::Message;
+use storage::past_cache;
 use tonic::Status;
 
 /// A FlightDescriptor without its path, which DoPut does not take: millions of empty parts would weigh twelve
@@ -61,6 +62,8 @@ impl From<FlightData> for Incoming {
 }
 
 const BODY_FIELD: u64 = 1000;
+/// Bodies from here on are not read again while they would still be cached.
+const PAST_CACHE_BYTES_MIN: usize = 256 << 10;
 /// Fields up to this many bytes grow by doubling; beyond it, room for the rest of the message is taken at once,
 /// which is what was admitted.
 const FIELDS_DOUBLE_MAX: usize = 64 << 10;
@@ -156,7 +159,11 @@ impl Assembler {
             return bytes;
         };
         let (inside, behind) = bytes.split_at(bytes.len().min(body.length - body.bytes.len()));
-        body.bytes.extend_from_slice(inside);
+        if body.length < PAST_CACHE_BYTES_MIN {
+            body.bytes.extend_from_slice(inside);
+        } else {
+            past_cache::extend(&mut body.bytes, inside);
+        }
         behind
     }
 

@@ -1,11 +1,12 @@
 //! CRC32C (Castagnoli, as in iSCSI: RFC 3720, B.4), by the widest instructions that the processor has. The only
 //! room that names crc-fast.
 
+use crate::past_cache;
 use crc_fast::{CrcAlgorithm, Digest};
 
 /// Bytes that are checksummed before they are copied: they are still in the first-level cache then, which makes
 /// the pair cost little more than the copy (measured: 0.05 s/GB, against 0.14 with 128 KiB).
-const PIECE_BYTES: usize = 4096;
+const PIECE_BYTES: usize = 16 << 10;
 
 /// A checksum that goes on.
 pub struct Running(Digest);
@@ -27,11 +28,11 @@ impl Running {
         self.0.update(bytes);
     }
 
-    /// Takes bytes in while copying them; both have one length.
+    /// Takes bytes in while copying them past the caches; both have one length.
     pub fn add_and_copy(&mut self, from: &[u8], into: &mut [u8]) {
         for (from, into) in from.chunks(PIECE_BYTES).zip(into.chunks_mut(PIECE_BYTES)) {
             self.add(from);
-            into.copy_from_slice(from);
+            past_cache::copy(from, into);
         }
     }
 

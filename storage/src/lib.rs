@@ -32,3 +32,4 @@ pub mod volumes;
 pub mod write;
 
 pub use error::StorageError;
+pub use uring::past_cache;

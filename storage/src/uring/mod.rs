@@ -1,8 +1,8 @@
 //! The real disk: one tokio-uring ring per thread, registered aligned buffers, own submissions.
 //!
-//! This room alone has `unsafe` (also the allocator's, for that) and names tokio-uring; both are here because the
-//! kernel borrows memory beyond any lifetime the compiler sees. The rule that makes it sound: whatever an entry
-//! points to (buffer, path, descriptor) is the operation's stable data, owned by the driver until
+//! This room alone has `unsafe` (also the allocator's and that of copies past the caches, for that) and names
+//! tokio-uring; both are here because the kernel borrows memory beyond any lifetime the compiler sees. The rule that
+//! makes it sound: whatever an entry points to (buffer, path, descriptor) is the operation's stable data, owned by the driver until
 //! the completion arrives, also when the future is dropped.
 //!
 //! Runs without `DEFER_TASKRUN`: tokio-uring 0.5 hangs with it (design.md section 10).
@@ -10,6 +10,7 @@
 
 mod aligned;
 pub mod allocator;
+pub mod past_cache;
 
 pub use aligned::AlignedBuf;
 
