@@ -62,8 +62,8 @@ impl From<FlightData> for Incoming {
 }
 
 const BODY_FIELD: u64 = 1000;
-/// Bodies from here on are not read again while they would still be cached.
-const PAST_CACHE_BYTES_MIN: usize = 256 << 10;
+/// Smaller bodies are cached: decoding reads them at once.
+const PAST_CACHE_BYTES_MIN: usize = 64 << 10;
 /// Fields up to this many bytes grow by doubling; beyond it, room for the rest of the message is taken at once,
 /// which is what was admitted.
 const FIELDS_DOUBLE_MAX: usize = 64 << 10;
@@ -73,6 +73,8 @@ const FIELDS_DOUBLE_MAX: usize = 64 << 10;
 pub(crate) struct Assembler {
     /// Bytes still to come.
     left: usize,
+    /// Whether a body is out of the caches before it is read again.
+    is_cold: bool,
     /// Everything but the body.
     fields: Vec<u8>,
     /// How far `fields` holds whole fields.
@@ -101,9 +103,9 @@ enum Next {
 }
 
 impl Assembler {
-    /// For a message of so many bytes.
-    pub(crate) fn new(length: usize) -> Self {
-        Self { left: length, fields: Vec::new(), whole: 0, body: None, another: false }
+    /// For a message of so many bytes. `is_cold`: it will wait so long that to fill the caches with it is no use.
+    pub(crate) fn new(length: usize, is_cold: bool) -> Self {
+        Self { left: length, is_cold, fields: Vec::new(), whole: 0, body: None, another: false }
     }
 
     /// Bytes still to come.
@@ -159,10 +161,10 @@ impl Assembler {
             return bytes;
         };
         let (inside, behind) = bytes.split_at(bytes.len().min(body.length - body.bytes.len()));
-        if body.length < PAST_CACHE_BYTES_MIN {
-            body.bytes.extend_from_slice(inside);
-        } else {
+        if self.is_cold && PAST_CACHE_BYTES_MIN <= body.length {
             past_cache::extend(&mut body.bytes, inside);
+        } else {
+            body.bytes.extend_from_slice(inside);
         }
         behind
     }
@@ -231,7 +233,7 @@ mod tests {
     }
 
     fn assemble(bytes: &[u8], piece: usize) -> Result<Incoming, Status> {
-        let mut assembler = Assembler::new(bytes.len());
+        let mut assembler = Assembler::new(bytes.len(), false);
         for piece in bytes.chunks(piece) {
             assembler.add(piece)?;
         }
@@ -280,7 +282,7 @@ mod tests {
         let empty = [0xC2, 0x3E, 0];
         let mut bytes = empty.repeat(100_000);
         bytes.extend(message(b"the last one").encode_to_vec());
-        let mut assembler = Assembler::new(bytes.len());
+        let mut assembler = Assembler::new(bytes.len(), false);
         assembler.add(&bytes).expect("FlightData");
         // Moved for each of them, they would be 15 GB by now.
         assert_eq!(assembler.finish().expect("FlightData").body.as_slice(), b"the last one");

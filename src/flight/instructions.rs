@@ -63,7 +63,7 @@ mod hot {
 
     #[inline(never)]
     pub(super) fn frame(message: &[u8]) {
-        let mut assembler = Assembler::new(message.len());
+        let mut assembler = Assembler::new(message.len(), true);
         message.chunks(FRAME_BYTES).for_each(|frame| assembler.add(frame).expect("FlightData"));
         black_box(assembler.finish().expect("FlightData"));
     }

@@ -9,6 +9,7 @@
 
 use crate::flight::assemble::{Assembler, Incoming};
 use crate::ingest::admit::{Permit, Pool};
+use crate::limits;
 use crate::stats::{Station, Stats};
 use bytes::{Buf, Bytes};
 use http_body::{Body, Frame, SizeHint};
@@ -224,7 +225,8 @@ impl UploadBody {
                     let left = *length;
                     self.restart_stall_clock();
                     if self.header.first() == Some(&0) {
-                        let assembler = Assembler::new(usize::try_from(left).unwrap_or(usize::MAX));
+                        let is_cold = limits::CACHED_BYTES < self.limits.pool.held();
+                        let assembler = Assembler::new(usize::try_from(left).unwrap_or(usize::MAX), is_cold);
                         self.state = State::Message { permit: Some(permit), assembler };
                         continue;
                     }
@@ -253,7 +255,7 @@ impl UploadBody {
                         }
                         return Poll::Ready(Ok(None));
                     }
-                    let whole = std::mem::replace(assembler, Assembler::new(0)).finish()?;
+                    let whole = std::mem::replace(assembler, Assembler::new(0, false)).finish()?;
                     if let Some(permit) = permit.take() {
                         self.monitor.put(permit, Some(whole));
                     }
