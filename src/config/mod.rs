@@ -294,7 +294,7 @@ mod tests {
         assert_eq!(config.writers, 4);
         assert_eq!(config.front_threads, 4);
         assert_eq!(config.touch_memory_bytes, 7 << 28);
-        assert_eq!(config.stream_window_bytes, 512 << 10);
+        assert_eq!(config.stream_window_bytes, 256 << 10);
     }
 
     #[track_caller]
