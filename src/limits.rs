@@ -147,8 +147,8 @@ pub(crate) const OUTGOING_BATCH_BYTES: u64 = 2 << 20;
 /// and an unread one never stops the others.
 pub(crate) const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 
-/// What waits for the writers beyond this is out of the processor's caches before they read it: half of a middling
-/// last-level cache.
+/// A message for which more than this is admitted, itself included, is out of the processor's caches before a writer
+/// reads it: half of a middling last-level cache.
 pub(crate) const CACHED_BYTES: u64 = 16 << 20;
 
 /// HTTP/2 frames; 16 KiB, the default, halves ingest.
@@ -169,7 +169,8 @@ pub(crate) const RESERVE_WAIT: Duration = Duration::from_secs(2);
 pub(crate) const SHUTDOWN_DRAIN: Duration = Duration::from_secs(5);
 
 /// The lower of 256 KiB and a 128th of the budget, at least 64 KiB. Not 2 MiB (design.md section 8): as fast, and a
-/// thousand topics hold an eighth of the memory. It is what a stream has under way in 0.2 ms at 10 Gbit/s.
+/// thousand topics hold an eighth of the memory. It is what a stream has under way in 0.2 ms at 10 Gbit/s;
+/// over longer ways several streams, or the setting.
 pub(crate) fn stream_window_bytes(budget_bytes: u64) -> u32 {
     let window = (budget_bytes / 128).clamp(STREAM_WINDOW_BYTES_MIN, STREAM_WINDOW_BYTES_MAX);
     u32::try_from(window).unwrap_or(u32::MAX)

@@ -62,7 +62,7 @@ impl From<FlightData> for Incoming {
 }
 
 const BODY_FIELD: u64 = 1000;
-/// Smaller bodies are cached: decoding reads them at once.
+/// Smaller bodies are cached: decoding and hashing read them at once, in full.
 const PAST_CACHE_BYTES_MIN: usize = 64 << 10;
 /// Fields up to this many bytes grow by doubling; beyond it, room for the rest of the message is taken at once,
 /// which is what was admitted.
@@ -73,7 +73,7 @@ const FIELDS_DOUBLE_MAX: usize = 64 << 10;
 pub(crate) struct Assembler {
     /// Bytes still to come.
     left: usize,
-    /// Whether a body is out of the caches before it is read again.
+    /// Whether the writer will find a body out of the caches anyway.
     is_cold: bool,
     /// Everything but the body.
     fields: Vec<u8>,
@@ -103,7 +103,7 @@ enum Next {
 }
 
 impl Assembler {
-    /// For a message of so many bytes. `is_cold`: it will wait so long that to fill the caches with it is no use.
+    /// For a message of so many bytes. `is_cold`: it will wait so long that the writer does not find it in the caches.
     pub(crate) fn new(length: usize, is_cold: bool) -> Self {
         Self { left: length, is_cold, fields: Vec::new(), whole: 0, body: None, another: false }
     }
@@ -233,7 +233,11 @@ mod tests {
     }
 
     fn assemble(bytes: &[u8], piece: usize) -> Result<Incoming, Status> {
-        let mut assembler = Assembler::new(bytes.len(), false);
+        assemble_as(bytes, piece, false)
+    }
+
+    fn assemble_as(bytes: &[u8], piece: usize, is_cold: bool) -> Result<Incoming, Status> {
+        let mut assembler = Assembler::new(bytes.len(), is_cold);
         for piece in bytes.chunks(piece) {
             assembler.add(piece)?;
         }
@@ -256,6 +260,16 @@ mod tests {
     fn a_message_in_pieces_of_any_size_is_what_protobuf_says() {
         check(&message(b"some body bytes").encode_to_vec());
         check(&message(b"").encode_to_vec());
+    }
+
+    #[test]
+    fn a_large_message_that_will_wait_is_the_same_one_to_the_byte() {
+        let body: Vec<u8> = (0..PAST_CACHE_BYTES_MIN + 77).map(|at| (at * 7 % 251) as u8).collect();
+        let large = FlightData { data_body: body.clone().into(), ..message(b"") };
+        for piece in [777, 16 << 10, 65_537, usize::MAX] {
+            let got = assemble_as(&large.encode_to_vec(), piece, true).expect("assembled");
+            assert_eq!(got.body.as_slice(), body, "in pieces of {piece}");
+        }
     }
 
     #[test]

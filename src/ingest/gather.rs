@@ -56,6 +56,8 @@ pub(crate) struct OpenChunk {
     pub(crate) flush_takes: Duration,
     /// Whether this is the largest open chunk while memory is short.
     pub(crate) gives_way: bool,
+    /// Weight of its batches that are neither in a chunk nor in the tail, in data bytes.
+    pub(crate) unsafe_bytes: u64,
     /// Whether the tail has room for what is unsafe.
     pub(crate) tail_takes_it: bool,
 }
@@ -95,8 +97,8 @@ pub(crate) const fn floor_bytes(format: Format) -> u64 {
     }
 }
 
-/// The least weight of a row group while the tail takes no more, in data bytes; below it a row group costs more
-/// than its rows.
+/// The least weight of unsafe rows that make a row group while the tail takes no more, in data bytes; below it a row
+/// group costs more than to write them twice.
 pub(crate) const CROWD_FLOOR_BYTES: u64 = 128 << 10;
 
 /// Decides over an open chunk that holds at least one batch.
@@ -111,18 +113,13 @@ pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Ve
         return Verdict::Close(Why::Age);
     }
     let worth_it = floor_bytes(format) <= chunk.data_bytes;
+    let crowds = !chunk.tail_takes_it && CROWD_FLOOR_BYTES <= chunk.unsafe_bytes;
+    // So early that it is durable when its time is up. The tail takes no such time, and more commits cost.
+    let lead = chunk.flush_takes.min(rule.lead_max());
     match chunk.oldest_unsafe {
-        // So early that it is durable when its time is up. The tail takes no such time, and more commits cost.
-        Some(age) if worth_it && rule.commit_interval <= age + chunk.flush_takes.min(rule.lead_max()) => {
-            Verdict::Close(Why::Time)
-        }
-        Some(age) if rule.commit_interval <= age => {
-            if !chunk.tail_takes_it && CROWD_FLOOR_BYTES <= chunk.data_bytes {
-                Verdict::Close(Why::Crowd)
-            } else {
-                Verdict::Tail
-            }
-        }
+        Some(age) if worth_it && rule.commit_interval <= age + lead => Verdict::Close(Why::Time),
+        Some(age) if crowds && rule.commit_interval <= age + lead => Verdict::Close(Why::Crowd),
+        Some(age) if rule.commit_interval <= age => Verdict::Tail,
         _ => Verdict::Wait,
     }
 }
@@ -143,16 +140,18 @@ pub(crate) struct TailRate {
 }
 
 impl TailRate {
-    /// Bytes a second of all writers: what hundreds of slow topics bring, with room. RocksDB could take three times as
-    /// much, but a byte there costs ten times what it costs in a row group (log, memtable, flush, merge; PERF.md).
+    /// Bytes a second of one writer: what hundreds of slow topics bring, with room. A byte costs several times here
+    /// what it costs in a row group (log, memtable, flush, merge, and the row group all the same; PERF.md).
     const PER_SECOND: i64 = 8 << 20;
+    /// Bytes a second of all writers: under what RocksDB's flushes and merges are held to.
+    const PER_SECOND_OF_ALL: i64 = 25 << 20;
     /// Bytes at once: what hundreds of slow topics bring together.
     const BURST: i64 = 4 << 20;
 
     /// One writer's part, of which nothing was used yet.
     pub(crate) fn shared_by(writers: usize) -> Self {
         let writers = i64::try_from(writers.max(1)).unwrap_or(i64::MAX);
-        let (burst, per_second) = (Self::BURST / writers, Self::PER_SECOND / writers);
+        let (burst, per_second) = (Self::BURST / writers, Self::PER_SECOND.min(Self::PER_SECOND_OF_ALL / writers));
         Self { bytes: burst, burst, per_second }
     }
 
@@ -201,24 +200,29 @@ mod tests {
     ) {
         let (oldest, oldest_unsafe) = (ms(oldest), oldest_unsafe.map(ms));
         let flush_takes = Duration::ZERO;
-        let chunk = OpenChunk { data_bytes, oldest, oldest_unsafe, flush_takes, gives_way, tail_takes_it: true };
+        let (unsafe_bytes, tail_takes_it) = (data_bytes, true);
+        let chunk =
+            OpenChunk { data_bytes, oldest, oldest_unsafe, flush_takes, gives_way, unsafe_bytes, tail_takes_it };
         assert_eq!(verdict(&RULE, format, &chunk), expected);
     }
 
     #[test]
     fn what_a_crowded_tail_does_not_take_closes_if_it_is_worth_a_row_group() {
-        let crowded = |data_bytes| OpenChunk {
-            data_bytes,
+        let crowded = |unsafe_bytes| OpenChunk {
+            data_bytes: 512 << 10,
             oldest: ms(50),
             oldest_unsafe: Some(ms(50)),
             flush_takes: ms(5),
             gives_way: false,
+            unsafe_bytes,
             tail_takes_it: false,
         };
         assert_eq!(verdict(&RULE, Format::Default, &crowded(128 << 10)), Verdict::Close(Why::Crowd));
+        // What is safe already does not count: slow topics stay in the tail until their row group is worth it.
         assert_eq!(verdict(&RULE, Format::Default, &crowded((128 << 10) - 1)), Verdict::Tail);
-        let waiting = OpenChunk { oldest_unsafe: Some(ms(49)), ..crowded(128 << 10) };
-        assert_eq!(verdict(&RULE, Format::Default, &waiting), Verdict::Wait);
+        let after = |ms| OpenChunk { oldest_unsafe: Some(ms), ..crowded(128 << 10) };
+        assert_eq!(verdict(&RULE, Format::Default, &after(ms(45))), Verdict::Close(Why::Crowd));
+        assert_eq!(verdict(&RULE, Format::Default, &after(ms(44))), Verdict::Wait);
     }
 
     /// Looks every tenth of a millisecond for `ms`, each finds a run of 100 KiB; returns the bytes taken.
@@ -256,12 +260,14 @@ mod tests {
     }
 
     #[test]
-    fn one_topic_of_five_megabytes_a_second_keeps_its_floor() {
-        let mut rate = TailRate::shared_by(1);
-        for _ in 0..1000 {
-            rate.refill(ms(50));
-            assert!(rate.has(250_000));
-            rate.take(250_000);
+    fn one_topic_of_five_megabytes_a_second_keeps_its_floor_with_up_to_five_writers() {
+        for writers in 1..=5 {
+            let mut rate = TailRate::shared_by(writers);
+            for _ in 0..1000 {
+                rate.refill(ms(50));
+                assert!(rate.has(250_000), "{writers} writers");
+                rate.take(250_000);
+            }
         }
     }
 
@@ -288,6 +294,7 @@ mod tests {
                     oldest_unsafe: Some(ms(unsafe_ms)),
                     flush_takes: ms(flush_ms),
                     gives_way: false,
+                    unsafe_bytes: data_bytes,
                     tail_takes_it: true,
                 },
             )

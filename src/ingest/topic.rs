@@ -248,6 +248,7 @@ impl<D: Disk> Topic<D> {
             oldest_unsafe: open.oldest_fresh.map(age),
             flush_takes,
             gives_way,
+            unsafe_bytes: open.data_bytes - open.safe_bytes,
             tail_takes_it: tail.has(open.data_bytes - open.safe_bytes),
         }
     }

@@ -5,7 +5,7 @@ use crate::past_cache;
 use crc_fast::{CrcAlgorithm, Digest};
 
 /// Bytes that are checksummed before they are copied: they are still in the first-level cache then, which makes
-/// the pair cost little more than the copy (measured: 0.05 s/GB, against 0.14 with 128 KiB).
+/// the pair cost little more than the copy.
 const PIECE_BYTES: usize = 16 << 10;
 
 /// A checksum that goes on.
@@ -30,6 +30,7 @@ impl Running {
 
     /// Takes bytes in while copying them past the caches; both have one length.
     pub fn add_and_copy(&mut self, from: &[u8], into: &mut [u8]) {
+        debug_assert_eq!(from.len(), into.len(), "one length");
         for (from, into) in from.chunks(PIECE_BYTES).zip(into.chunks_mut(PIECE_BYTES)) {
             self.add(from);
             past_cache::copy(from, into);

@@ -2,8 +2,8 @@
 //!
 //! This room alone has `unsafe` (also the allocator's and that of copies past the caches, for that) and names
 //! tokio-uring; both are here because the kernel borrows memory beyond any lifetime the compiler sees. The rule that
-//! makes it sound: whatever an entry points to (buffer, path, descriptor) is the operation's stable data, owned by the driver until
-//! the completion arrives, also when the future is dropped.
+//! makes it sound: whatever an entry points to (buffer, path, descriptor) is the operation's stable data, owned by the
+//! driver until the completion arrives, also when the future is dropped.
 //!
 //! Runs without `DEFER_TASKRUN`: tokio-uring 0.5 hangs with it (design.md section 10).
 #![expect(unsafe_code, reason = "the kernel borrows buffers; every block says why it may")]
