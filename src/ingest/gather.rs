@@ -97,9 +97,11 @@ pub(crate) const fn floor_bytes(format: Format) -> u64 {
     }
 }
 
-/// The least weight of unsafe rows that make a row group while the tail takes no more, in data bytes; below it a row
-/// group costs more than to write them twice.
+/// The least weight of a row group while the tail takes no more, in data bytes; below it a row group costs more
+/// than its rows.
 pub(crate) const CROWD_FLOOR_BYTES: u64 = 128 << 10;
+/// The least of it that is not in the tail yet: to close for less spares the tail next to nothing.
+const CROWD_UNSAFE_BYTES_MIN: u64 = CROWD_FLOOR_BYTES / 8;
 
 /// Decides over an open chunk that holds at least one batch.
 pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Verdict {
@@ -113,7 +115,8 @@ pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Ve
         return Verdict::Close(Why::Age);
     }
     let worth_it = floor_bytes(format) <= chunk.data_bytes;
-    let crowds = !chunk.tail_takes_it && CROWD_FLOOR_BYTES <= chunk.unsafe_bytes;
+    let crowds =
+        !chunk.tail_takes_it && CROWD_FLOOR_BYTES <= chunk.data_bytes && CROWD_UNSAFE_BYTES_MIN <= chunk.unsafe_bytes;
     // So early that it is durable when its time is up. The tail takes no such time, and more commits cost.
     let lead = chunk.flush_takes.min(rule.lead_max());
     match chunk.oldest_unsafe {
@@ -208,8 +211,8 @@ mod tests {
 
     #[test]
     fn what_a_crowded_tail_does_not_take_closes_if_it_is_worth_a_row_group() {
-        let crowded = |unsafe_bytes| OpenChunk {
-            data_bytes: 512 << 10,
+        let crowded = |data_bytes, unsafe_bytes| OpenChunk {
+            data_bytes,
             oldest: ms(50),
             oldest_unsafe: Some(ms(50)),
             flush_takes: ms(5),
@@ -217,10 +220,13 @@ mod tests {
             unsafe_bytes,
             tail_takes_it: false,
         };
-        assert_eq!(verdict(&RULE, Format::Default, &crowded(128 << 10)), Verdict::Close(Why::Crowd));
-        // What is safe already does not count: slow topics stay in the tail until their row group is worth it.
-        assert_eq!(verdict(&RULE, Format::Default, &crowded((128 << 10) - 1)), Verdict::Tail);
-        let after = |ms| OpenChunk { oldest_unsafe: Some(ms), ..crowded(128 << 10) };
+        let of = |data_bytes, unsafe_bytes| verdict(&RULE, Format::Default, &crowded(data_bytes, unsafe_bytes));
+        assert_eq!(of(128 << 10, 128 << 10), Verdict::Close(Why::Crowd));
+        assert_eq!(of((128 << 10) - 1, (128 << 10) - 1), Verdict::Tail);
+        // Middling topics leave the tail; slow ones, of which nearly all lies there, stay until it is worth a row group.
+        assert_eq!(of(128 << 10, 16 << 10), Verdict::Close(Why::Crowd));
+        assert_eq!(of(900 << 10, (16 << 10) - 1), Verdict::Tail);
+        let after = |ms| OpenChunk { oldest_unsafe: Some(ms), ..crowded(128 << 10, 128 << 10) };
         assert_eq!(verdict(&RULE, Format::Default, &after(ms(45))), Verdict::Close(Why::Crowd));
         assert_eq!(verdict(&RULE, Format::Default, &after(ms(44))), Verdict::Wait);
     }
