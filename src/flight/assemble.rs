@@ -1,5 +1,5 @@
 //! One FlightData message, put together from HTTP/2 frames with a single copy: its body lands aligned, so that
-//! Arrow can use it where it lies.
+//! Arrow can use it where it lies, and without what nobody will read ([`Hollow`]).
 //!
 //! Guarantees: nothing is allocated beyond the message's own length, which is admitted before; the work grows with
 //! that length, whatever the message is made of; a message that is not FlightData is an error; fields in any order
@@ -7,8 +7,10 @@
 //!
 //! Format: protobuf's encoding, Flight.proto: descriptor 1, header 2, app_metadata 3, body 1000.
 
+use crate::flight::hollow::{HOLLOW_BYTES_MIN, Hollow};
 use crate::flight::status::invalid;
 use arrow::buffer::Buffer;
+use arrow::datatypes::SchemaRef;
 use arrow_flight::flight_descriptor::DescriptorType;
 use arrow_flight::{FlightData, FlightDescriptor};
 use bytes::Bytes;
@@ -49,6 +51,10 @@ pub(crate) struct Incoming {
     pub(crate) descriptor: Option<Descriptor>,
     pub(crate) header: Bytes,
     pub(crate) body: Buffer,
+    /// Zeros at the end of the body, which several buffers show: what was left out.
+    pub(crate) zeros: usize,
+    /// Bytes by which the body is smaller than the one that was sent.
+    pub(crate) saved: usize,
 }
 
 impl From<FlightData> for Incoming {
@@ -57,6 +63,8 @@ impl From<FlightData> for Incoming {
             descriptor: message.flight_descriptor.map(Descriptor::from),
             header: message.data_header,
             body: Buffer::from(message.data_body),
+            zeros: 0,
+            saved: 0,
         }
     }
 }
@@ -75,6 +83,8 @@ pub(crate) struct Assembler {
     left: usize,
     /// Whether the writer will find a body out of the caches anyway.
     is_cold: bool,
+    /// Of the stream's batches, once it is known.
+    schema: Option<SchemaRef>,
     /// Everything but the body.
     fields: Vec<u8>,
     /// How far `fields` holds whole fields.
@@ -88,6 +98,15 @@ pub(crate) struct Assembler {
 struct Body {
     /// Allocated at once; allocators align to 16 bytes, which is all that Arrow's types ask for.
     bytes: Vec<u8>,
+    /// Bytes of it still to come.
+    left: usize,
+    hollow: Option<Box<(Hollow, Sent)>>,
+}
+
+/// The body that a smaller one stands for.
+#[derive(Debug)]
+struct Sent {
+    header: Bytes,
     length: usize,
 }
 
@@ -103,9 +122,10 @@ enum Next {
 }
 
 impl Assembler {
-    /// For a message of so many bytes. `is_cold`: it will wait so long that the writer does not find it in the caches.
-    pub(crate) fn new(length: usize, is_cold: bool) -> Self {
-        Self { left: length, is_cold, fields: Vec::new(), whole: 0, body: None, another: false }
+    /// For a message of so many bytes, of a stream of this schema, if that is known. `is_cold`: it will wait so long
+    /// that the writer does not find it in the caches.
+    pub(crate) fn new(length: usize, is_cold: bool, schema: Option<SchemaRef>) -> Self {
+        Self { left: length, is_cold, schema, fields: Vec::new(), whole: 0, body: None, another: false }
     }
 
     /// Bytes still to come.
@@ -116,7 +136,7 @@ impl Assembler {
     /// Takes the next bytes of the message, at most what is [`Self::left`].
     pub(crate) fn add(&mut self, bytes: &[u8]) -> Result<(), Status> {
         self.left -= bytes.len();
-        let bytes = self.fill_body(bytes);
+        let bytes = self.fill_body(bytes)?;
         let free = self.fields.capacity() - self.fields.len();
         if free < bytes.len() && FIELDS_DOUBLE_MAX < self.fields.len() {
             self.fields.reserve_exact(bytes.len() + self.left);
@@ -145,9 +165,9 @@ impl Assembler {
                     if length > have.saturating_add(self.left) {
                         return Err(invalid(format!("a body of {length} bytes in a message that ends before it")));
                     }
-                    self.body = Some(Body { bytes: Vec::with_capacity(length), length });
                     let begun = self.fields.split_off(self.whole).split_off(key);
-                    let behind = self.fill_body(&begun);
+                    self.body = Some(self.begin_body(length));
+                    let behind = self.fill_body(&begun)?;
                     self.fields.extend_from_slice(behind);
                 }
             }
@@ -155,29 +175,66 @@ impl Assembler {
         Ok(())
     }
 
+    /// A body of so many bytes, behind the whole fields that came so far.
+    fn begin_body(&self, length: usize) -> Body {
+        let hollow = self.schema.as_ref().filter(|_| HOLLOW_BYTES_MIN <= length).and_then(|schema| {
+            // What is no message is told when all of it is there.
+            let header = Fields::decode(self.fields.as_slice()).ok()?.header;
+            Some(Box::new((Hollow::of(schema, &header, length)?, Sent { header, length })))
+        });
+        let bytes = hollow.as_ref().map_or(length, |hollow| hollow.0.bytes());
+        Body { bytes: Vec::with_capacity(bytes), left: length, hollow }
+    }
+
     /// Copies what belongs to the body; returns the rest.
-    fn fill_body<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
-        let Some(body) = &mut self.body else {
-            return bytes;
+    fn fill_body<'a>(&mut self, bytes: &'a [u8]) -> Result<&'a [u8], Status> {
+        let Some(Body { bytes: into, left, hollow }) = &mut self.body else {
+            return Ok(bytes);
         };
-        let (inside, behind) = bytes.split_at(bytes.len().min(body.length - body.bytes.len()));
-        if self.is_cold && PAST_CACHE_BYTES_MIN <= body.length {
-            past_cache::extend(&mut body.bytes, inside);
-        } else {
-            body.bytes.extend_from_slice(inside);
+        let (inside, behind) = bytes.split_at(bytes.len().min(*left));
+        *left -= inside.len();
+        let mut copy = |bytes: &[u8]| {
+            if self.is_cold && PAST_CACHE_BYTES_MIN <= into.capacity() {
+                past_cache::extend(into, bytes);
+            } else {
+                into.extend_from_slice(bytes);
+            }
+        };
+        match hollow {
+            Some(hollow) => hollow.0.pass(inside, copy)?,
+            None => copy(inside),
         }
-        behind
+        Ok(behind)
     }
 
     /// The message, once nothing is left to come.
     pub(crate) fn finish(self) -> Result<Incoming, Status> {
         let fields = Fields::decode(Bytes::from(self.fields))
             .map_err(|error| invalid(format!("the message is not FlightData: {error}")))?;
-        let body = match self.body {
-            Some(body) if !self.another => Buffer::from_vec(body.bytes),
-            _ => Buffer::from(fields.body),
+        let (descriptor, header) = (fields.descriptor, fields.header);
+        let whole = |body| Incoming { descriptor: None, header: header.clone(), body, zeros: 0, saved: 0 };
+        let incoming = match self.body {
+            Some(Body { mut bytes, hollow: Some(hollow), .. }) if !self.another => {
+                let (hollow, sent) = *hollow;
+                if sent.header != header {
+                    return Err(invalid(
+                        "a message with a header behind its body; send the header first, as Flight does",
+                    ));
+                }
+                bytes.resize(hollow.bytes(), 0);
+                let saved = sent.length - bytes.len();
+                Incoming {
+                    descriptor: None,
+                    zeros: hollow.zeros(),
+                    saved,
+                    header: hollow.header,
+                    body: Buffer::from_vec(bytes),
+                }
+            }
+            Some(body) if !self.another => whole(Buffer::from_vec(body.bytes)),
+            _ => whole(Buffer::from(fields.body)),
         };
-        Ok(Incoming { descriptor: fields.descriptor, header: fields.header, body })
+        Ok(Incoming { descriptor, ..incoming })
     }
 }
 
@@ -237,7 +294,7 @@ mod tests {
     }
 
     fn assemble_as(bytes: &[u8], piece: usize, is_cold: bool) -> Result<Incoming, Status> {
-        let mut assembler = Assembler::new(bytes.len(), is_cold);
+        let mut assembler = Assembler::new(bytes.len(), is_cold, None);
         for piece in bytes.chunks(piece) {
             assembler.add(piece)?;
         }
@@ -296,7 +353,7 @@ mod tests {
         let empty = [0xC2, 0x3E, 0];
         let mut bytes = empty.repeat(100_000);
         bytes.extend(message(b"the last one").encode_to_vec());
-        let mut assembler = Assembler::new(bytes.len(), false);
+        let mut assembler = Assembler::new(bytes.len(), false, None);
         assembler.add(&bytes).expect("FlightData");
         // Moved for each of them, they would be 15 GB by now.
         assert_eq!(assembler.finish().expect("FlightData").body.as_slice(), b"the last one");

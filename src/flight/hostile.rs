@@ -8,12 +8,15 @@ use crate::flight::assemble::Assembler;
 use crate::flight::decode::{Decoded, Decoder, schema};
 use crate::flight::dialect::Connection;
 use crate::flight::get::Ticket;
+use crate::flight::hollow::Hollow;
 use crate::flight::{actions, list, put};
 use crate::ingest::admit::Budget;
 use crate::lifecycle::Locator;
 use crate::query::parse;
 use crate::query::pattern::Meaning;
-use arrow::array::{ArrayRef, DictionaryArray, Int64Array, ListArray, RecordBatch, StringArray, StructArray};
+use arrow::array::{
+    ArrayRef, DictionaryArray, Int64Array, ListArray, RecordBatch, StringArray, StructArray, new_null_array,
+};
 use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Field, Float64Type, Int8Type, Schema};
 use arrow::ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, IpcWriteOptions};
@@ -60,13 +63,28 @@ pub const TARGETS: [Target; 6] = [
 /// The same bytes as one protobuf message that comes in pieces.
 fn assemble(data: &[u8]) {
     const PIECES: usize = 7;
-    let mut assembler = Assembler::new(data.len(), false);
+    let mut assembler = Assembler::new(data.len(), false, None);
     for piece in data.chunks(data.len() / PIECES + 1) {
         if assembler.add(piece).is_err() {
             return;
         }
     }
     assembler.finish().ok(); // Refused or not: it is read.
+}
+
+/// A message without what nobody will read, as [`Assembler`] makes it of large ones: header, body, zeros in it.
+fn hollow(schema: &Schema, header: &Bytes, body: &Bytes) -> Option<Result<(Bytes, Buffer, usize), tonic::Status>> {
+    const PIECES: usize = 3;
+    let mut hollow = Hollow::of(schema, header, body.len())?;
+    let mut smaller = Vec::with_capacity(hollow.bytes());
+    for piece in body.chunks(body.len() / PIECES + 1) {
+        if let Err(error) = hollow.pass(piece, |kept| smaller.extend_from_slice(kept)) {
+            return Some(Err(error));
+        }
+    }
+    smaller.resize(hollow.bytes(), 0);
+    let zeros = hollow.zeros();
+    Some(Ok((hollow.header, Buffer::from_vec(smaller), zeros)))
 }
 
 /// Messages of a DoPut: a descriptor's command, then header and body of each message, each behind its length
@@ -96,7 +114,15 @@ fn put(data: &[u8]) {
             break;
         }
         let Some(permit) = budget.receive.try_claim(body.len() as u64) else { return };
-        let decoded = futures::executor::block_on(decoder.decode(&header, Buffer::from(body), permit));
+        let smaller = hollow(&checked.wire, &header, &body);
+        let decoded = futures::executor::block_on(decoder.decode(&header, Buffer::from(body), 0, permit));
+        if let Some(Ok((header, body, zeros))) = smaller {
+            let Some(permit) = budget.receive.try_claim(body.len() as u64) else { return };
+            let smaller = futures::executor::block_on(decoder.decode(&header, body, zeros, permit));
+            if let (Ok(Decoded::Batch(whole, ..)), Ok(Decoded::Batch(smaller, ..))) = (&decoded, &smaller) {
+                assert_eq!(whole, smaller, "the same rows");
+            }
+        }
         match decoded {
             Ok(Decoded::Batch(rows, decode_permit, permit)) => {
                 put::check_batch(&checked, &rows, permit, decode_permit, Instant::now()).ok(); // As above.
@@ -182,6 +208,20 @@ fn crc_of(data: &[u8]) -> u32 {
     storage::segment::checksum(data)
 }
 
+/// The same columns with nothing but nulls.
+fn nulls(rows: usize) -> RecordBatch {
+    let sample = sample(rows);
+    let schema = sample.schema();
+    let columns = sample.columns().iter().zip(schema.fields()).map(|(column, field)| {
+        let column = if field.is_nullable() { new_null_array(field.data_type(), rows) } else { Arc::clone(column) };
+        (field.name().clone(), column, field.is_nullable())
+    });
+    match RecordBatch::try_from_iter_with_nullable(columns) {
+        Ok(batch) => batch,
+        Err(error) => unreachable!("columns of one length: {error}"),
+    }
+}
+
 /// A batch with the types that have shapes of their own.
 fn sample(rows: usize) -> RecordBatch {
     let times: ArrayRef = Arc::new(Int64Array::from_iter_values(0..rows as i64));
@@ -248,19 +288,19 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
     }
 }
 
-/// A stream of a schema, its dictionaries and batches, plain and compressed.
+/// A stream of a schema, its dictionaries and batches, plain and compressed; and one of columns of nothing but nulls.
 fn put_seeds(command: &str) -> Vec<Vec<u8>> {
-    let batch = sample(20);
-    let compressions = [None, Some(arrow::ipc::CompressionType::LZ4_FRAME), Some(arrow::ipc::CompressionType::ZSTD)];
-    compressions
+    let (some, nulls) = (sample(20), nulls(300));
+    let (lz4, zstd) = (arrow::ipc::CompressionType::LZ4_FRAME, arrow::ipc::CompressionType::ZSTD);
+    [(&some, None), (&some, Some(lz4)), (&some, Some(zstd)), (&nulls, None)]
         .into_iter()
-        .filter_map(|compression| {
+        .filter_map(|(batch, compression)| {
             let options = IpcWriteOptions::default().try_with_compression(compression).ok()?;
             let mut dictionaries = DictionaryTracker::new(false);
             let generator = IpcDataGenerator::default();
             let head = generator.schema_to_bytes_with_dictionary_tracker(&batch.schema(), &mut dictionaries, &options);
             let (words, rows) =
-                generator.encode(&batch, &mut dictionaries, &options, &mut IpcWriteContext::default()).ok()?;
+                generator.encode(batch, &mut dictionaries, &options, &mut IpcWriteContext::default()).ok()?;
             let mut out = Vec::new();
             let mut part = |bytes: &[u8]| {
                 out.extend_from_slice(&u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes());
@@ -440,6 +480,6 @@ mod tests {
             let end = seed.iter().position(|byte| *byte == b'\n').expect("a name");
             assert!(serde_json::from_slice::<Value>(&seed[end + 1..]).is_ok());
         }
-        assert!(put_seeds("{}").len() == 3, "plain, LZ4 and ZSTD");
+        assert!(put_seeds("{}").len() == 4, "plain, LZ4, ZSTD, and nulls");
     }
 }

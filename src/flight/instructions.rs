@@ -63,7 +63,7 @@ mod hot {
 
     #[inline(never)]
     pub(super) fn frame(message: &[u8]) {
-        let mut assembler = Assembler::new(message.len(), true);
+        let mut assembler = Assembler::new(message.len(), true, None);
         message.chunks(FRAME_BYTES).for_each(|frame| assembler.add(frame).expect("FlightData"));
         black_box(assembler.finish().expect("FlightData"));
     }
@@ -71,7 +71,7 @@ mod hot {
     #[inline(never)]
     pub(super) fn decode(decoder: &mut Decoder, header: &Bytes, body: Buffer, budget: &Budget) {
         let permit = budget.receive.try_claim(1).expect("room");
-        let decoded = executor::block_on(decoder.decode(header, body, permit)).ok();
+        let decoded = executor::block_on(decoder.decode(header, body, 0, permit)).ok();
         assert!(matches!(black_box(decoded), Some(Decoded::Batch(..))), "a batch");
     }
 

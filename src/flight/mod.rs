@@ -1,6 +1,7 @@
 //! Arrow Flight: the only room that names tonic or arrow-flight (INV-11).
 //!
-//! [`server`] listens, [`upload`] frames and admits, [`assemble`] puts messages together, [`service`] has
+//! [`server`] listens, [`upload`] frames and admits, [`assemble`] puts messages together, [`hollow`] says
+//! what of them can be left out, [`service`] has
 //! the RPCs a line each; [`put`], [`get`], [`list`] and [`actions`] do them; [`dialect`] knows which client
 //! speaks; [`status`] turns errors into codes. Never sees a ring.
 
@@ -10,6 +11,7 @@ pub(crate) mod client;
 pub(crate) mod decode;
 pub(crate) mod dialect;
 pub(crate) mod get;
+pub(crate) mod hollow;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 #[cfg(test)]

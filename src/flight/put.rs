@@ -30,7 +30,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 use storage::chunk::BatchMark;
-use storage::chunk::hash::hash_and_weight;
+use storage::chunk::data_bytes;
+use storage::chunk::hash::batch_hash;
 use storage::ids::TopicId;
 use storage::schema::{TopicSchema, node_count};
 use tokio::sync::{oneshot, watch};
@@ -184,7 +185,8 @@ impl Ingest {
         }
         let wire = decode::schema(&header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
-        self.monitor.set_overhead(limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64);
+        let overhead = limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64;
+        self.monitor.set_schema(Arc::clone(&schema.wire), overhead);
         Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), resume_from).await?)
     }
 
@@ -242,7 +244,7 @@ impl Ingest {
             if message.header.is_empty() {
                 continue;
             }
-            match decoder.decode(&message.header, message.body, permit).await? {
+            match decoder.decode(&message.header, message.body, message.zeros, permit).await? {
                 Decoded::Dictionary => {}
                 Decoded::Batch(rows, decode_permit, permit) => {
                     if self.shared.null_sink {
@@ -385,8 +387,8 @@ pub(super) fn check_batch(
         u32::try_from(rows.num_rows()).map_err(|_| invalid("a batch of more than 2^32 rows; send smaller batches"))?;
     let (time, sorted) = time_range(times.values());
     let stored = schema.to_stored(rows).map_err(|error| of_storage(&error))?;
-    let (hash, data_bytes) = hash_and_weight(rows, &stored);
-    let mark = BatchMark { rows: rows_count, hash };
+    let mark = BatchMark { rows: rows_count, hash: batch_hash(rows) };
+    let data_bytes = data_bytes(&stored);
     Ok(Batch { rows: stored, mark, data_bytes, time, sorted, permit, decode_permit, arrived, sent: Instant::now() })
 }
 

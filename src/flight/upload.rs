@@ -11,13 +11,14 @@ use crate::flight::assemble::{Assembler, Incoming};
 use crate::ingest::admit::{Permit, Pool};
 use crate::limits;
 use crate::stats::{Station, Stats};
+use arrow::datatypes::SchemaRef;
 use bytes::{Buf, Bytes};
 use http_body::{Body, Frame, SizeHint};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tonic::Status;
@@ -45,6 +46,8 @@ pub(crate) struct Monitor {
     state: Mutex<MonitorState>,
     /// Heap that each message of this stream costs beyond its bytes; known with the schema.
     overhead: AtomicU64,
+    /// Of the stream's batches.
+    schema: OnceLock<SchemaRef>,
 }
 
 /// A message that was admitted, with what it holds; `None`: tonic has it, because it is compressed.
@@ -67,9 +70,10 @@ impl Monitor {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).end.unwrap_or(UploadEnd::Broken)
     }
 
-    /// Sets what each further message costs beyond its bytes.
-    pub(crate) fn set_overhead(&self, bytes: u64) {
-        self.overhead.store(bytes, Ordering::Relaxed);
+    /// Sets the schema of all further messages, and what each of them costs beyond its bytes.
+    pub(crate) fn set_schema(&self, schema: SchemaRef, overhead: u64) {
+        self.overhead.store(overhead, Ordering::Relaxed);
+        self.schema.get_or_init(|| schema);
     }
 
     fn put(&self, permit: Permit, message: Option<Incoming>) {
@@ -226,7 +230,8 @@ impl UploadBody {
                     self.restart_stall_clock();
                     if self.header.first() == Some(&0) {
                         let is_cold = limits::CACHED_BYTES < self.limits.pool.held();
-                        let assembler = Assembler::new(usize::try_from(left).unwrap_or(usize::MAX), is_cold);
+                        let schema = self.monitor.schema.get().cloned();
+                        let assembler = Assembler::new(usize::try_from(left).unwrap_or(usize::MAX), is_cold, schema);
                         self.state = State::Message { permit: Some(permit), assembler };
                         continue;
                     }
@@ -255,8 +260,9 @@ impl UploadBody {
                         }
                         return Poll::Ready(Ok(None));
                     }
-                    let whole = std::mem::replace(assembler, Assembler::new(0, false)).finish()?;
-                    if let Some(permit) = permit.take() {
+                    let whole = std::mem::replace(assembler, Assembler::new(0, false, None)).finish()?;
+                    if let Some(mut permit) = permit.take() {
+                        permit.shrink_to(permit.bytes().saturating_sub(whole.saved as u64));
                         self.monitor.put(permit, Some(whole));
                     }
                     self.state = State::Header { have: 0 };

@@ -272,16 +272,11 @@ impl<D: Disk> Topic<D> {
         let first_row = chunk_row + rows_of(&open.marks, 0) - rows_of(&marks, 0);
         let fresh = std::mem::take(&mut open.fresh).into_batches();
         let rows = arrow::compute::concat_batches(&self.schema.stored, &fresh)?;
-        drop(fresh);
-        let run = TailRun::pack(
-            &rows,
-            first_batch,
-            first_row,
-            marks,
-            open.data_bytes - open.safe_bytes,
-            open.fresh_time.take(),
-        )?;
-        if rows.num_rows() > 0 {
+        let data_bytes = open.data_bytes - open.safe_bytes;
+        // What came large may take less memory as it came: its buffers of nothing but nulls are one.
+        let pieces = if data_bytes <= limits::COALESCE_PIECE_BYTES as u64 { vec![rows.clone()] } else { fresh };
+        let run = TailRun::pack(&rows, first_batch, first_row, marks, data_bytes, open.fresh_time.take())?;
+        for rows in pieces.into_iter().filter(|rows| rows.num_rows() > 0) {
             open.safe.push(&self.schema, rows);
         }
         open.safe_marks = open.marks.len();

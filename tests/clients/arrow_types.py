@@ -119,6 +119,19 @@ def check_types(upload: Uploader) -> None:
         check_equal(topic, pa.Table.from_batches([batch]), upload.get(topic))
 
 
+def check_nulls(upload: Uploader) -> None:
+    """Large batches of columns that hold nothing but nulls, among them a struct over values that nobody sees."""
+    rows = 4000
+    some = pa.array(range(rows), pa.int64())
+    unseen = pa.StructArray.from_arrays([some, some.cast(pa.string())], ["n", "s"], mask=pa.array([True] * rows))
+    arrays = {name: pa.nulls(rows, array.type) for name, array in columns().items() if "view" not in name}
+    arrays |= {"unseen": unseen, "seen": some, "unseen_too": pa.array(unseen, unseen.type)}
+    fields = [pa.field("timestamp_ns", pa.int64(), False)] + [pa.field(name, array.type) for name, array in arrays.items()]
+    batch = pa.record_batch([some, *arrays.values()], schema=pa.schema(fields))
+    upload.put("nulls", [batch.slice(0, 3), batch.slice(3, rows - 100), batch.slice(rows - 97)])
+    check_equal("nulls", pa.Table.from_batches([batch]), upload.get("nulls"))
+
+
 def check_dictionaries(upload: Uploader) -> None:
     """An int8-keyed dictionary replaced several times in one chunk: 400 distinct values in all."""
     batches = []
@@ -139,12 +152,13 @@ def main() -> int:
     client = flight.connect(f"grpc://{sys.argv[1]}:{sys.argv[2]}")
     upload = Uploader(client, "types")
     check_types(upload)
+    check_nulls(upload)
     check_dictionaries(upload)
     upload.finalize()
     info = client.get_flight_info(flight.FlightDescriptor.for_path("types"))
     names = sorted(endpoint.ticket.ticket.decode() for endpoint in info.endpoints)
-    assert names == ["types/all", "types/dictionary", "types/lz4", "types/zstd"], names
-    print(f"OK {len(columns())} types, plain and compressed, and replaced dictionaries")
+    assert names == ["types/all", "types/dictionary", "types/lz4", "types/nulls", "types/zstd"], names
+    print(f"OK {len(columns())} types, plain and compressed, without a value, and replaced dictionaries")
     return 0
 
 

@@ -2,13 +2,15 @@
 //!
 //! Two batches with the same schema and the same values hash alike, however they were sliced,
 //! compressed or aligned on the wire. Bytes behind nulls count as they are: a client that sends a
-//! batch again sends them again. XXH3-128; not cryptographic.
+//! batch again sends them again. Where all of a column is null they count as zeros. XXH3-128; not cryptographic.
 
-use super::weight_of;
-use arrow::array::{Array, ArrayData, RecordBatch, layout};
-use arrow::buffer::BooleanBuffer;
-use arrow::datatypes::DataType;
-use std::sync::Arc;
+use arrow::array::{
+    Array, ArrayData, AsArray, BufferSpec, GenericByteArray, OffsetSizeTrait, RecordBatch, downcast_primitive_array,
+    layout, make_array,
+};
+use arrow::buffer::{BooleanBuffer, OffsetBuffer};
+use arrow::datatypes::{ByteArrayType, DataType};
+use std::ops::Range;
 use twox_hash::XxHash3_128;
 use twox_hash::xxhash3_128::Hasher;
 
@@ -17,21 +19,10 @@ const OFFSETS: usize = 512;
 
 /// Hashes the values of a batch.
 pub fn batch_hash(batch: &RecordBatch) -> u128 {
-    hash_and_weight(batch, batch).0
-}
-
-/// The hash of a batch and the weight of the same rows as they are stored, [`super::data_bytes`]: most columns are the
-/// same in both, and taken apart once.
-pub fn hash_and_weight(batch: &RecordBatch, stored: &RecordBatch) -> (u128, u64) {
     let mut hasher = Stream::default();
-    let mut weight = 0;
     hasher.write(&(batch.num_rows() as u64).to_le_bytes());
-    for (column, stored) in batch.columns().iter().zip(stored.columns()) {
-        let data = column.to_data();
-        hash_data(&mut hasher, &data);
-        weight += if Arc::ptr_eq(column, stored) { weight_of(&data) } else { weight_of(&stored.to_data()) };
-    }
-    (hasher.finish(), weight)
+    batch.columns().iter().for_each(|column| hash_array(&mut hasher, column, false));
+    hasher.finish()
 }
 
 /// Bytes of a batch that is hashed at once: a hasher that goes on takes memory of its own.
@@ -75,42 +66,66 @@ impl Stream {
     }
 }
 
-fn hash_data(hasher: &mut Stream, data: &ArrayData) {
-    hasher.write(&(data.len() as u64).to_le_bytes());
-    if let Some(nulls) = data.nulls().filter(|nulls| nulls.null_count() > 0) {
+/// `hidden`: below a value that is null in all rows. What lies under such nulls counts as zeros: a body may have been
+/// taken without it.
+fn hash_array(hasher: &mut Stream, array: &dyn Array, hidden: bool) {
+    let rows = array.len();
+    hasher.write(&(rows as u64).to_le_bytes());
+    let nulls = array.nulls().filter(|nulls| nulls.null_count() > 0);
+    if let Some(nulls) = nulls {
         hash_bits(hasher, nulls.inner(), true);
     }
-    match data.data_type() {
-        DataType::Utf8 | DataType::Binary => hash_offsets::<i32>(hasher, data, true),
-        DataType::LargeUtf8 | DataType::LargeBinary => hash_offsets::<i64>(hasher, data, true),
-        DataType::List(_) | DataType::Map(_, _) => hash_offsets::<i32>(hasher, data, false),
-        DataType::LargeList(_) => hash_offsets::<i64>(hasher, data, false),
-        DataType::Boolean => {
-            if let Some(values) = data.buffers().first() {
-                hash_bits(hasher, &BooleanBuffer::new(values.clone(), data.offset(), data.len()), false);
-            }
+    let hidden = hidden || nulls.is_some_and(|nulls| nulls.null_count() == rows);
+    match array.data_type() {
+        DataType::Utf8 => hash_bytes(hasher, array.as_string::<i32>(), hidden),
+        DataType::Binary => hash_bytes(hasher, array.as_binary::<i32>(), hidden),
+        DataType::LargeUtf8 => hash_bytes(hasher, array.as_string::<i64>(), hidden),
+        DataType::LargeBinary => hash_bytes(hasher, array.as_binary::<i64>(), hidden),
+        DataType::List(_) => {
+            hash_list(hasher, array.as_list::<i32>().offsets(), array.as_list::<i32>().values(), hidden)
         }
+        DataType::LargeList(_) => {
+            hash_list(hasher, array.as_list::<i64>().offsets(), array.as_list::<i64>().values(), hidden);
+        }
+        DataType::Map(_, _) => hash_list(hasher, array.as_map().offsets(), array.as_map().entries(), hidden),
+        DataType::Boolean if hidden => hash_zeros(hasher, (rows / 64 + 1) * 8),
+        DataType::Boolean => hash_bits(hasher, array.as_boolean().values(), false),
         DataType::Struct(_) => {
-            for child in data.child_data() {
-                hash_data(hasher, &child.slice(data.offset().min(child.len()), data.len().min(child.len())));
-            }
+            array.as_struct().columns().iter().for_each(|child| hash_array(hasher, child, hidden));
         }
-        DataType::FixedSizeList(_, size) => {
-            let size = usize::try_from(*size).unwrap_or(0);
-            for child in data.child_data() {
-                hash_data(hasher, &child.slice(data.offset() * size, data.len() * size));
-            }
+        DataType::FixedSizeList(_, _) => hash_array(hasher, array.as_fixed_size_list().values(), hidden),
+        DataType::FixedSizeBinary(_) => {
+            hash_values(hasher, array.as_fixed_size_binary().values(), hidden);
         }
-        _ => hash_plain(hasher, data),
+        _ => downcast_primitive_array!(
+            array => hash_values(hasher, array.values().inner(), hidden),
+            _ => hash_plain(hasher, &array.to_data())
+        ),
     }
 }
 
-/// Fixed-width values slice cleanly; anything else (views) is hashed by the whole of its buffers.
+fn hash_values(hasher: &mut Stream, values: &[u8], hidden: bool) {
+    if hidden {
+        hash_zeros(hasher, values.len());
+    } else {
+        hasher.write(values);
+    }
+}
+
+fn hash_zeros(hasher: &mut Stream, mut bytes: usize) {
+    while bytes > 0 {
+        let piece = bytes.min(SMALL_BYTES);
+        hasher.write([0; SMALL_BYTES].get(..piece).unwrap_or(&[]));
+        bytes -= piece;
+    }
+}
+
+/// The buffers as they are, of types that are never taken without a part of them: dictionaries, views and the like.
 fn hash_plain(hasher: &mut Stream, data: &ArrayData) {
     let specs = layout(data.data_type()).buffers;
     for (index, buffer) in data.buffers().iter().enumerate() {
         let width = match specs.get(index) {
-            Some(arrow::array::BufferSpec::FixedWidth { byte_width, .. }) => *byte_width,
+            Some(BufferSpec::FixedWidth { byte_width, .. }) => *byte_width,
             _ => 0,
         };
         let from = (data.offset() * width).min(buffer.len());
@@ -118,35 +133,46 @@ fn hash_plain(hasher: &mut Stream, data: &ArrayData) {
         hasher.write(buffer.get(from..to).unwrap_or(&[]));
     }
     for child in data.child_data() {
-        hash_data(hasher, child);
+        hash_array(hasher, &make_array(child.clone()), false);
     }
 }
 
-fn hash_offsets<O: arrow::array::OffsetSizeTrait>(hasher: &mut Stream, data: &ArrayData, bytes: bool) {
-    let Some(offsets) = data.buffers().first().filter(|_| !data.is_empty()) else {
-        return;
-    };
-    let offsets = offsets.typed_data::<O>();
-    let Some(offsets) = offsets.get(data.offset()..=data.offset() + data.len()) else {
-        return;
-    };
-    let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
-        return;
-    };
+fn hash_bytes<T: ByteArrayType>(hasher: &mut Stream, array: &GenericByteArray<T>, hidden: bool) {
+    let range = hash_offsets(hasher, array.offsets(), hidden);
+    hasher.write(range.and_then(|range| array.values().get(range)).unwrap_or(&[]));
+}
+
+fn hash_list<O: OffsetSizeTrait>(hasher: &mut Stream, offsets: &OffsetBuffer<O>, values: &dyn Array, hidden: bool) {
+    match hash_offsets(hasher, offsets, hidden) {
+        Some(range) if range == (0..values.len()) => hash_array(hasher, values, hidden),
+        Some(range) => hash_array(hasher, &values.slice(range.start, range.len()), hidden),
+        None => {}
+    }
+}
+
+/// Hashes where values begin and end, counted from the first; returns where they lie, if there are any.
+fn hash_offsets<O: OffsetSizeTrait>(
+    hasher: &mut Stream,
+    offsets: &OffsetBuffer<O>,
+    hidden: bool,
+) -> Option<Range<usize>> {
+    let (first, last) = (offsets.first().as_usize(), offsets.last().as_usize());
+    if offsets.len() == 1 {
+        return None;
+    }
+    if hidden {
+        hash_zeros(hasher, size_of::<u64>() * offsets.len());
+        return Some(first..first);
+    }
     let mut bytes_of = [0; OFFSETS * size_of::<u64>()];
     for offsets in offsets.chunks(OFFSETS) {
         let (places, _) = bytes_of.as_chunks_mut::<{ size_of::<u64>() }>();
         for (place, offset) in places.iter_mut().zip(offsets) {
-            *place = ((offset.as_usize() - first.as_usize()) as u64).to_le_bytes();
+            *place = ((offset.as_usize() - first) as u64).to_le_bytes();
         }
         hasher.write(bytes_of.get(..size_of_val(offsets) / size_of::<O>() * size_of::<u64>()).unwrap_or(&[]));
     }
-    let range = first.as_usize()..last.as_usize();
-    if bytes {
-        hasher.write(data.buffers().get(1).and_then(|values| values.get(range)).unwrap_or(&[]));
-    } else if let Some(child) = data.child_data().first() {
-        hash_data(hasher, &child.slice(range.start, range.len()));
-    }
+    Some(first..last)
 }
 
 /// Bits in words of 64, first bit highest; the last word has the rest, lowest.
@@ -165,10 +191,16 @@ fn hash_bits(hasher: &mut Stream, bits: &BooleanBuffer, inverted: bool) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
-    use arrow::array::{Int64Array, ListArray, StringArray};
-    use arrow::datatypes::{Field, Int32Type, Schema};
+    use arrow::array::ArrayRef;
+    use arrow::array::{
+        BooleanArray, Decimal128Array, DictionaryArray, FixedSizeBinaryArray, FixedSizeListArray, Float64Array,
+        Int64Array, ListArray, StringArray, StringViewArray, StructArray, new_null_array,
+    };
+    use arrow::buffer::NullBuffer;
+    use arrow::datatypes::{Field, Int8Type, Int32Type, Schema};
+    use std::sync::Arc;
 
     fn batch(times: Vec<i64>, texts: Vec<Option<&str>>, lists: Vec<Option<Vec<Option<i32>>>>) -> RecordBatch {
         let lists = ListArray::from_iter_primitive::<Int32Type, _, _>(lists);
@@ -188,6 +220,57 @@ mod tests {
     fn the_hash_is_xxh3_with_128_bits() {
         // From the reference implementation: the empty input.
         assert_eq!(Hasher::new().finish_128(), 0x99aa_06d3_0147_98d8_6001_c324_468d_497f);
+    }
+
+    /// Three rows of one column of every kind of layout.
+    pub(crate) fn kinds() -> RecordBatch {
+        let number: ArrayRef = Arc::new(Float64Array::from(vec![Some(0.5), None, Some(-1.0)]));
+        let text: ArrayRef = Arc::new(StringArray::from(vec![Some("a"), None, Some("ccc")]));
+        let field = |name, array: &ArrayRef| Arc::new(Field::new(name, array.data_type().clone(), true));
+        let pair =
+            StructArray::from(vec![(field("number", &number), Arc::clone(&number)), (field("text", &text), text)]);
+        let lists = vec![Some(vec![Some(1), None]), None, Some(vec![])];
+        let fixed = vec![Some(vec![Some(1), Some(2)]), None, Some(vec![Some(3), Some(4)])];
+        let nothing = new_null_array(pair.data_type(), 3);
+        let columns: Vec<ArrayRef> = vec![
+            number,
+            Arc::new(BooleanArray::from(vec![Some(true), None, Some(false)])),
+            Arc::new(Decimal128Array::from(vec![Some(1), None, Some(-7)])),
+            Arc::new(FixedSizeBinaryArray::try_from_iter([b"abc", b"def", b"ghi"].into_iter()).expect("binary")),
+            Arc::new(ListArray::from_iter_primitive::<Int32Type, _, _>(lists)),
+            Arc::new(FixedSizeListArray::from_iter_primitive::<Int32Type, _, _>(fixed, 2)),
+            Arc::new(vec!["x", "y", "x"].into_iter().collect::<DictionaryArray<Int8Type>>()),
+            Arc::new(StringViewArray::from(vec!["short", "a text of more than twelve bytes", ""])),
+            Arc::new(pair),
+            nothing,
+            new_null_array(&DataType::Null, 3),
+        ];
+        let columns = columns.into_iter().enumerate().map(|(at, column)| (format!("c{at}"), column, true));
+        RecordBatch::try_from_iter_with_nullable(columns).expect("a batch")
+    }
+
+    #[test]
+    fn the_hash_of_every_kind_of_column_is_what_catalogs_hold() {
+        assert_eq!(batch_hash(&kinds()), 73_374_732_816_759_115_182_031_491_592_581_352_370);
+        assert_eq!(batch_hash(&kinds().slice(1, 2)), 72_796_785_446_553_586_671_948_722_200_560_526_305);
+    }
+
+    #[test]
+    fn what_lies_under_nulls_counts_as_zeros_where_all_of_a_column_is_null() {
+        let times: ArrayRef = Arc::new(Int64Array::from(vec![1, 2]));
+        let of = |number: i64, text: &str, last_is_null: bool| {
+            let nulls = NullBuffer::from(vec![false, !last_is_null]);
+            let field = |name, data_type| Field::new(name, data_type, true);
+            let fields = vec![field("number", DataType::Int64), field("text", DataType::Utf8)];
+            let columns: Vec<ArrayRef> =
+                vec![Arc::new(Int64Array::from(vec![number; 2])), Arc::new(StringArray::from(vec![text; 2]))];
+            let nested: ArrayRef = Arc::new(StructArray::new(fields.into(), columns, Some(nulls)));
+            let columns = vec![("timestamp_ns", Arc::clone(&times), false), ("nested", nested, true)];
+            batch_hash(&RecordBatch::try_from_iter_with_nullable(columns).expect("a batch"))
+        };
+        assert_eq!(of(0, "", true), of(7, "seven", true));
+        assert_ne!(of(0, "", false), of(7, "", false));
+        assert_ne!(of(0, "", false), of(0, "", true));
     }
 
     #[test]
