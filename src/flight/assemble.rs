@@ -3,11 +3,12 @@
 //!
 //! Guarantees: nothing is allocated beyond the message's own length, which is admitted before; the work grows with
 //! that length, whatever the message is made of; a message that is not FlightData is an error; fields in any order
-//! are understood (a body that comes twice counts the last time, as protobuf has it).
+//! are understood (a body that comes twice counts the last time, as protobuf has it), except for another header behind
+//! a body of which a part was left out.
 //!
 //! Format: protobuf's encoding, Flight.proto: descriptor 1, header 2, app_metadata 3, body 1000.
 
-use crate::flight::hollow::{HOLLOW_BYTES_MIN, Hollow};
+use crate::flight::hollow::{HOLLOW_BYTES_MIN, Hollow, SAVED_PART_MIN};
 use crate::flight::status::invalid;
 use arrow::buffer::Buffer;
 use arrow::datatypes::SchemaRef;
@@ -51,10 +52,8 @@ pub(crate) struct Incoming {
     pub(crate) descriptor: Option<Descriptor>,
     pub(crate) header: Bytes,
     pub(crate) body: Buffer,
-    /// Zeros at the end of the body, which several buffers show: what was left out.
-    pub(crate) zeros: usize,
-    /// Bytes by which the body is smaller than the one that was sent.
-    pub(crate) saved: usize,
+    /// Bytes of the body that was sent: more than there are, if some were left out.
+    pub(crate) sent: usize,
 }
 
 impl From<FlightData> for Incoming {
@@ -62,9 +61,8 @@ impl From<FlightData> for Incoming {
         Self {
             descriptor: message.flight_descriptor.map(Descriptor::from),
             header: message.data_header,
+            sent: message.data_body.len(),
             body: Buffer::from(message.data_body),
-            zeros: 0,
-            saved: 0,
         }
     }
 }
@@ -177,10 +175,12 @@ impl Assembler {
 
     /// A body of so many bytes, behind the whole fields that came so far.
     fn begin_body(&self, length: usize) -> Body {
-        let hollow = self.schema.as_ref().filter(|_| HOLLOW_BYTES_MIN <= length).and_then(|schema| {
+        // Two copies of the header are made, in what is saved at least.
+        let is_worth_it = HOLLOW_BYTES_MIN <= length && 2 * self.fields.len() <= length / SAVED_PART_MIN;
+        let hollow = self.schema.as_ref().filter(|_| is_worth_it).and_then(|schema| {
             // What is no message is told when all of it is there.
             let header = Fields::decode(self.fields.as_slice()).ok()?.header;
-            Some(Box::new((Hollow::of(schema, &header, length)?, Sent { header, length })))
+            Some(Box::new((Hollow::of(schema, &header, length, HOLLOW_BYTES_MIN)?, Sent { header, length })))
         });
         let bytes = hollow.as_ref().map_or(length, |hollow| hollow.0.bytes());
         Body { bytes: Vec::with_capacity(bytes), left: length, hollow }
@@ -211,30 +211,25 @@ impl Assembler {
     pub(crate) fn finish(self) -> Result<Incoming, Status> {
         let fields = Fields::decode(Bytes::from(self.fields))
             .map_err(|error| invalid(format!("the message is not FlightData: {error}")))?;
-        let (descriptor, header) = (fields.descriptor, fields.header);
-        let whole = |body| Incoming { descriptor: None, header: header.clone(), body, zeros: 0, saved: 0 };
-        let incoming = match self.body {
+        let (header, body, sent) = match self.body {
             Some(Body { mut bytes, hollow: Some(hollow), .. }) if !self.another => {
                 let (hollow, sent) = *hollow;
-                if sent.header != header {
-                    return Err(invalid(
-                        "a message with a header behind its body; send the header first, as Flight does",
-                    ));
+                if sent.header != fields.header {
+                    return Err(invalid("a message with another header behind its body; send one, before the body"));
                 }
                 bytes.resize(hollow.bytes(), 0);
-                let saved = sent.length - bytes.len();
-                Incoming {
-                    descriptor: None,
-                    zeros: hollow.zeros(),
-                    saved,
-                    header: hollow.header,
-                    body: Buffer::from_vec(bytes),
-                }
+                (hollow.header, Buffer::from_vec(bytes), sent.length)
             }
-            Some(body) if !self.another => whole(Buffer::from_vec(body.bytes)),
-            _ => whole(Buffer::from(fields.body)),
+            Some(Body { bytes, hollow: None, .. }) if !self.another => {
+                let sent = bytes.len();
+                (fields.header, Buffer::from_vec(bytes), sent)
+            }
+            _ => {
+                let sent = fields.body.len();
+                (fields.header, Buffer::from(fields.body), sent)
+            }
         };
-        Ok(Incoming { descriptor, ..incoming })
+        Ok(Incoming { descriptor: fields.descriptor, header, body, sent })
     }
 }
 

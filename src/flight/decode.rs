@@ -50,13 +50,13 @@ impl Decoder {
         }
     }
 
-    /// Checks and decodes one message that is not a schema. Of the body, the last `zeros` bytes are ours, and shown by
-    /// several buffers ([`super::hollow`]).
+    /// Checks and decodes one message that is not a schema. The body had `sent` bytes, of
+    /// which a part may have been left out ([`super::hollow`]).
     pub(crate) async fn decode(
         &mut self,
         header: &Bytes,
         body: Buffer,
-        zeros: usize,
+        sent: usize,
         permit: Permit,
     ) -> Result<Decoded, Status> {
         let message = parse(header)?;
@@ -65,7 +65,7 @@ impl Decoder {
                 let batch = message
                     .header_as_record_batch()
                     .ok_or_else(|| invalid("the message header is not a record batch"))?;
-                let mut weight = check_layout(&batch, &body, zeros, self.batch_memory_max)?;
+                let mut weight = check_layout(&batch, &body, sent, self.batch_memory_max)?;
                 // Most clients send all buffers so that each would fit any of the types: no need to find out what they are.
                 if batch.compression().is_none() && !all_aligned(self.alignment, &batch, &body) {
                     weight += badly_aligned_bytes(&self.schema, &batch, &body);
@@ -97,7 +97,7 @@ impl Decoder {
                     .header_as_dictionary_batch()
                     .ok_or_else(|| invalid("the message header is not a dictionary"))?;
                 let batch = dictionary.data().ok_or_else(|| invalid("the dictionary message has no data"))?;
-                let weight = check_layout(&batch, &body, zeros, self.batch_memory_max)? + body.len() as u64;
+                let weight = check_layout(&batch, &body, sent, self.batch_memory_max)? + body.len() as u64;
                 let (id, version, delta) = (dictionary.id(), message.version(), dictionary.isDelta());
                 let held = self.budget.dictionaries.try_claim(weight).ok_or_else(|| {
                     Status::resource_exhausted(format!(
@@ -196,7 +196,7 @@ fn guarded<T>(decode: impl FnOnce() -> Result<T, arrow::error::ArrowError>) -> R
 }
 
 /// Checks nodes and buffers against the body; returns what decompression will allocate, in bytes.
-fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], zeros: usize, batch_memory_max: u64) -> Result<u64, Status> {
+fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], sent: usize, batch_memory_max: u64) -> Result<u64, Status> {
     if batch.length() < 0 {
         return Err(invalid(format!("the record batch claims {} rows", batch.length())));
     }
@@ -227,9 +227,7 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], zeros: usize, batch_m
                 body.len()
             )));
         };
-        if zeros == 0 || buffer.offset() < (body.len() - zeros) as i64 {
-            stored += bytes.len() as u64;
-        }
+        stored += bytes.len() as u64;
         if compressed && let Some(claimed) = bytes.first_chunk::<8>() {
             let claimed = match i64::from_le_bytes(*claimed) {
                 -1 => bytes.len() as u64 - 8,
@@ -240,10 +238,9 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], zeros: usize, batch_m
         }
     }
     // What several columns show at once would weigh once here, and once for each of them in every copy and on disk.
-    if stored > body.len() as u64 {
+    if stored > sent as u64 {
         return Err(invalid(format!(
-            "the buffers of the batch overlap: they claim {stored} bytes of a body of {}",
-            body.len()
+            "the buffers of the batch overlap: they claim {stored} bytes of a body of {sent}"
         )));
     }
     if total > batch_memory_max {
@@ -252,7 +249,7 @@ fn check_layout(batch: &ipc::RecordBatch<'_>, body: &[u8], zeros: usize, batch_m
         )));
     }
     // A value takes at least a bit, except where its type has no bytes at all.
-    let values_max = (8 * total.max(body.len() as u64)).max(VALUES_WITHOUT_BYTES_MAX);
+    let values_max = (8 * total.max(sent as u64)).max(VALUES_WITHOUT_BYTES_MAX);
     for node in batch.nodes().into_iter().flatten() {
         if node.length().unsigned_abs() > values_max {
             return Err(invalid(format!("a column claims {} values in a body of {} bytes", node.length(), body.len())));
@@ -366,8 +363,9 @@ mod tests {
 
     async fn decode(schema: SchemaRef, header: Vec<u8>, body: Vec<u8>) -> Result<Decoded, Status> {
         let budget = Budget::new(64 << 20);
-        let permit = budget.receive.claim(body.len() as u64).await;
-        Decoder::new(schema, 64 << 20, budget).decode(&Bytes::from(header), Buffer::from_vec(body), 0, permit).await
+        let sent = body.len();
+        let permit = budget.receive.claim(sent as u64).await;
+        Decoder::new(schema, 64 << 20, budget).decode(&Bytes::from(header), Buffer::from_vec(body), sent, permit).await
     }
 
     #[tokio::test]

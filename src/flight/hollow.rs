@@ -2,21 +2,23 @@
 //! nothing but nulls. Clients send wide types of which a part is set (a vector of Mosaico's has a header and a
 //! covariance of its own); two fifths of an IMU's bytes are such buffers, and memory is what chunks are gathered in.
 //!
-//! Guarantees: only what lies under nulls is left out, and it reads as zeros; a validity bitmap that contradicts its
-//! null count refuses the message; what stays keeps its alignment to [`ALIGNMENT`]; memory only becomes less. A layout
-//! that is not understood in full is taken as it is, for the decoder to judge.
+//! Guarantees: only what lies under nulls is left out, and it reads as zeros; a validity bitmap with a value where the
+//! header has none refuses the message; what stays keeps its alignment to [`ALIGNMENT`]; the work grows with the
+//! header. A layout that is not understood in full is taken as it is, for the decoder to judge.
 
 use crate::flight::status::invalid;
+use crate::limits;
 use arrow::datatypes::{DataType, Schema};
 use arrow::ipc::{self, FieldNode};
 use bytes::Bytes;
 use std::ops::Range;
 use tonic::Status;
 
-/// Smaller bodies are not looked at: that would cost what is saved.
-pub(crate) const HOLLOW_BYTES_MIN: usize = 64 << 10;
+/// Smaller bodies are not looked at: that would cost what is saved. Nor do larger ones become smaller than this: the
+/// writer would take them for pieces to be joined, and joined they are as large as they were.
+pub(crate) const HOLLOW_BYTES_MIN: usize = limits::COALESCE_PIECE_BYTES;
 /// At least this part of a body is saved, or all of it is kept.
-const SAVED_PART_MIN: usize = 8;
+pub(crate) const SAVED_PART_MIN: usize = 8;
 /// What Arrow recommends for buffers, in bytes.
 const ALIGNMENT: usize = 64;
 
@@ -27,7 +29,7 @@ pub(crate) struct Hollow {
     pub(crate) header: Bytes,
     /// Parts that are left out, ascending.
     holes: Vec<Range<usize>>,
-    /// Bits that have to be unset, by the byte and bit they begin and end at; ascending.
+    /// Bitmaps that have to be blank, ascending.
     blanks: Vec<Blank>,
     /// What is copied of the body.
     kept: usize,
@@ -37,7 +39,7 @@ pub(crate) struct Hollow {
     at: usize,
 }
 
-/// A validity bitmap without a valid value.
+/// A validity bitmap without a valid value: where in the body it begins, and of how many rows it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Blank {
     start: usize,
@@ -57,8 +59,9 @@ enum Fate {
 }
 
 impl Hollow {
-    /// What can be left out of a body of so many bytes; `None`: too little, or the layout is not understood.
-    pub(crate) fn of(schema: &Schema, header: &[u8], body_bytes: usize) -> Option<Self> {
+    /// What can be left out of a body of so many bytes, which is not to become smaller than `least`; `None`: too little,
+    /// or the layout is not understood.
+    pub(crate) fn of(schema: &Schema, header: &[u8], body_bytes: usize, least: usize) -> Option<Self> {
         let batch = ipc::root_as_message(header).ok()?.header_as_record_batch()?;
         let buffers = batch.buffers()?;
         if batch.compression().is_some() {
@@ -82,6 +85,7 @@ impl Hollow {
         let zeros_start = kept.next_multiple_of(ALIGNMENT);
         let shows_zeros = places.iter().zip(&fates).filter(|(_, fate)| matches!(fate, Fate::Zeros | Fate::Blank(_)));
         let zeros = zeros_start - kept + shows_zeros.map(|(place, _)| place.len()).max().unwrap_or(0);
+        let zeros = zeros.max(least.saturating_sub(kept));
         if body_bytes - body_bytes / SAVED_PART_MIN < kept + zeros {
             return None;
         }
@@ -90,17 +94,19 @@ impl Hollow {
             _ => None,
         });
         let blanks = blanks.collect();
-        // The header is the client's own, but for where its buffers lie.
         let table = buffers.bytes();
         let table_start = (table.as_ptr() as usize).checked_sub(header.as_ptr() as usize)?;
-        let mut header = header.to_vec();
-        let (entries, _) = header.get_mut(table_start..table_start + table.len())?.as_chunks_mut::<BUFFER_BYTES>();
+        let mut smaller = header.to_vec();
+        let (entries, _) = smaller.get_mut(table_start..table_start + table.len())?.as_chunks_mut::<BUFFER_BYTES>();
+        let (mut holes_behind, mut left_out) = (holes.iter().peekable(), 0);
         for ((entry, place), fate) in entries.iter_mut().zip(&places).zip(&fates) {
             let (start, length) = match fate {
                 Fate::Kept if place.is_empty() => (0, 0),
                 Fate::Kept => {
-                    let before = holes.iter().take_while(|hole| hole.end <= place.start);
-                    (place.start - before.map(Range::len).sum::<usize>(), place.len())
+                    while let Some(hole) = holes_behind.next_if(|hole| hole.end <= place.start) {
+                        left_out += hole.len();
+                    }
+                    (place.start - left_out, place.len())
                 }
                 Fate::Zeros | Fate::Blank(_) => (zeros_start, place.len()),
                 Fate::Nothing => (zeros_start, 0),
@@ -109,17 +115,12 @@ impl Hollow {
             start_bytes.copy_from_slice(&(start as u64).to_le_bytes());
             length_bytes.copy_from_slice(&(length as u64).to_le_bytes());
         }
-        Some(Self { header: header.into(), holes, blanks, kept, zeros, at: 0 })
+        differ_by_places(header, &smaller).then(|| Self { header: smaller.into(), holes, blanks, kept, zeros, at: 0 })
     }
 
     /// What the smaller body takes, its zeros included, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.kept + self.zeros
-    }
-
-    /// Zeros at the end of the smaller body.
-    pub(crate) fn zeros(&self) -> usize {
-        self.zeros
     }
 
     /// Takes the next bytes of the body and hands on what is kept of them.
@@ -163,6 +164,23 @@ impl Hollow {
     }
 }
 
+/// Whether two headers of record batches differ in nothing but where their buffers lie: parts of a hostile one may lie
+/// in one another.
+fn differ_by_places(header: &[u8], other: &[u8]) -> bool {
+    let (Ok(one), Ok(other)) = (ipc::root_as_message(header), ipc::root_as_message(other)) else {
+        return false;
+    };
+    let (Some(batch), Some(other_batch)) = (one.header_as_record_batch(), other.header_as_record_batch()) else {
+        return false;
+    };
+    let nodes = |batch: &ipc::RecordBatch<'_>| batch.nodes().map(|nodes| nodes.iter().copied().collect::<Vec<_>>());
+    one.version() == other.version()
+        && batch.length() == other_batch.length()
+        && nodes(&batch) == nodes(&other_batch)
+        && batch.buffers().map(|buffers| buffers.len()) == other_batch.buffers().map(|buffers| buffers.len())
+        && other_batch.compression().is_none()
+}
+
 /// Offset and length, as the IPC format has them (Message.fbs, `struct Buffer`).
 const BUFFER_BYTES: usize = 16;
 
@@ -178,20 +196,19 @@ fn fates_of<'a>(
     let is_null = rows > 0 && node.null_count() == node.length();
     let hidden = under_null || is_null;
     let or_kept = |fate: Fate| if hidden { fate } else { Fate::Kept };
-    if data_type != &DataType::Null {
-        fates.push(match (under_null, is_null) {
-            (true, true) => Fate::Zeros,
-            (false, true) => Fate::Blank(rows),
-            (_, false) => Fate::Kept,
-        });
+    match data_type {
+        DataType::Null => return Some(()),
+        // Zeros would be keys of values that there need not be.
+        DataType::Dictionary(_, _) => {
+            fates.extend([Fate::Kept, Fate::Kept]);
+            return Some(());
+        }
+        _ => fates.push(if is_null { Fate::Blank(rows) } else { Fate::Kept }),
     }
     match data_type {
-        DataType::Null => Some(()),
-        DataType::Boolean | DataType::FixedSizeBinary(_) => {
-            fates.push(or_kept(Fate::Zeros));
-            Some(())
-        }
-        data_type if data_type.is_primitive() => {
+        data_type
+            if data_type.is_primitive() || matches!(data_type, DataType::Boolean | DataType::FixedSizeBinary(_)) =>
+        {
             fates.push(or_kept(Fate::Zeros));
             Some(())
         }
@@ -206,14 +223,6 @@ fn fates_of<'a>(
         DataType::FixedSizeList(child, _) => fates_of(child.data_type(), hidden, nodes, fates),
         DataType::Struct(fields) => {
             fields.iter().try_for_each(|field| fates_of(field.data_type(), hidden, nodes, fates))
-        }
-        // Zeros would be keys of values that there need not be.
-        DataType::Dictionary(_, _) => {
-            if let Some(validity) = fates.last_mut() {
-                *validity = Fate::Kept;
-            }
-            fates.push(Fate::Kept);
-            Some(())
         }
         _ => None,
     }
@@ -308,7 +317,7 @@ mod tests {
         let budget = Budget::new(256 << 20);
         let permit = budget.receive.try_claim(1).expect("room");
         let mut decoder = Decoder::new(schema.schema(), 64 << 20, budget);
-        let decoded = decoder.decode(&message.header, message.body, message.zeros, permit);
+        let decoded = decoder.decode(&message.header, message.body, message.sent, permit);
         match futures::executor::block_on(decoded)? {
             Decoded::Batch(rows, decode_permit, _) => {
                 assert!(decode_permit.is_none(), "nothing is copied for its alignment");
@@ -325,8 +334,9 @@ mod tests {
         let mut saved = None;
         for piece in [777, 16 << 10, usize::MAX] {
             let message = assemble(rows, &header, &body, piece).expect("assembled");
-            assert_eq!(message.body.len() + message.saved, body.len());
-            assert_eq!(*saved.get_or_insert(message.saved), message.saved);
+            assert_eq!(message.sent, body.len());
+            let less = body.len() - message.body.len();
+            assert_eq!(*saved.get_or_insert(less), less);
             let back = decode(rows, message).expect("decodes");
             assert_eq!(&back, rows, "in pieces of {piece}");
             assert_eq!(batch_hash(&back), batch_hash(rows), "in pieces of {piece}");
@@ -406,8 +416,8 @@ mod tests {
         check(&DataType::Utf8, &[(9, 0)], Some(&[Kept, Kept, Kept]));
         check(&list, &[(9, 9), (5, 0)], Some(&[Blank(9), Zeros, Kept, Zeros]));
         check(&list, &[(9, 1), (5, 5)], Some(&[Kept, Kept, Blank(5), Zeros]));
-        check(&pair, &[(9, 9), (9, 0), (9, 9), (0, 0)], Some(&[Blank(9), Kept, Zeros, Zeros, Zeros, Kept, Zeros]));
-        check(&pair, &[(9, 9), (9, 3), (9, 0), (5, 5)], Some(&[Blank(9), Kept, Zeros, Kept, Zeros, Zeros, Zeros]));
+        check(&pair, &[(9, 9), (9, 0), (9, 9), (0, 0)], Some(&[Blank(9), Kept, Zeros, Blank(9), Zeros, Kept, Zeros]));
+        check(&pair, &[(9, 9), (9, 3), (9, 0), (5, 5)], Some(&[Blank(9), Kept, Zeros, Kept, Zeros, Blank(5), Zeros]));
         check(&dictionary, &[(9, 9)], Some(&[Kept, Kept]));
         check(&DataType::Utf8View, &[(9, 9)], None);
         check(&list, &[(9, 9)], None);
@@ -465,7 +475,7 @@ mod tests {
     fn a_bitmap_with_a_value_where_the_header_has_none_refuses_the_message() {
         let rows = batch(no_numbers(3));
         let (header, body) = encode(&rows, 8, None);
-        let blank = Hollow::of(&rows.schema(), &header, body.len()).expect("smaller").blanks[0];
+        let blank = Hollow::of(&rows.schema(), &header, body.len(), 0).expect("smaller").blanks[0];
         assert_eq!(blank.rows, ROWS);
         for row in [0, 7, 8, 2500, ROWS - 1] {
             let mut body = body.clone();
@@ -485,7 +495,7 @@ mod tests {
     fn what_is_not_understood_or_not_worth_it_is_taken_as_it_is() {
         let rows = batch(no_numbers(3));
         let (header, body) = encode(&rows, 64, None);
-        let of = |rows: &RecordBatch, header: &[u8], length| Hollow::of(&rows.schema(), header, length).is_some();
+        let of = |rows: &RecordBatch, header: &[u8], length| Hollow::of(&rows.schema(), header, length, 0).is_some();
         assert!(of(&rows, &header, body.len()));
         assert!(!of(&rows, &header, body.len() - 64), "a buffer outside of the body");
         assert!(!of(&batch(no_numbers(2)), &header, body.len()), "more columns than the schema has");
@@ -512,7 +522,7 @@ mod tests {
         let at = header.windows(BUFFER_BYTES).position(|window| window == honest).expect("the last buffer");
         header[at..at + BUFFER_BYTES].copy_from_slice(&entry(0, body.len() as i64));
         let message = assemble(&rows, &header, &body, usize::MAX).expect("assembled");
-        assert_eq!(message.saved, 0);
+        assert_eq!(message.body.len(), body.len());
         assert!(decode(&rows, message).is_err());
     }
 
@@ -525,6 +535,6 @@ mod tests {
         let bytes = [message.encode_to_vec(), late.encode_to_vec()].concat();
         let mut assembler = Assembler::new(bytes.len(), false, Some(rows.schema()));
         assembler.add(&bytes).expect("FlightData");
-        assert!(assembler.finish().expect_err("refused").message().contains("a header behind its body"));
+        assert!(assembler.finish().expect_err("refused").message().contains("another header behind its body"));
     }
 }

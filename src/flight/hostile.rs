@@ -31,6 +31,7 @@ use storage::catalog::records::{
 };
 use storage::catalog::skip::SkipBlock;
 use storage::chunk::ChunkRecord;
+use storage::chunk::hash::batch_hash;
 use storage::chunk::record::SkipRecord;
 use storage::manifest::Manifest;
 use storage::ontology::OntologyRecord;
@@ -72,10 +73,10 @@ fn assemble(data: &[u8]) {
     assembler.finish().ok(); // Refused or not: it is read.
 }
 
-/// A message without what nobody will read, as [`Assembler`] makes it of large ones: header, body, zeros in it.
-fn hollow(schema: &Schema, header: &Bytes, body: &Bytes) -> Option<Result<(Bytes, Buffer, usize), tonic::Status>> {
+/// A message without what nobody will read, as [`Assembler`] makes it of large ones: header and body.
+fn hollow(schema: &Schema, header: &Bytes, body: &Bytes) -> Option<Result<(Bytes, Buffer), tonic::Status>> {
     const PIECES: usize = 3;
-    let mut hollow = Hollow::of(schema, header, body.len())?;
+    let mut hollow = Hollow::of(schema, header, body.len(), 0)?;
     let mut smaller = Vec::with_capacity(hollow.bytes());
     for piece in body.chunks(body.len() / PIECES + 1) {
         if let Err(error) = hollow.pass(piece, |kept| smaller.extend_from_slice(kept)) {
@@ -83,8 +84,7 @@ fn hollow(schema: &Schema, header: &Bytes, body: &Bytes) -> Option<Result<(Bytes
         }
     }
     smaller.resize(hollow.bytes(), 0);
-    let zeros = hollow.zeros();
-    Some(Ok((hollow.header, Buffer::from_vec(smaller), zeros)))
+    Some(Ok((hollow.header, Buffer::from_vec(smaller))))
 }
 
 /// Messages of a DoPut: a descriptor's command, then header and body of each message, each behind its length
@@ -115,13 +115,15 @@ fn put(data: &[u8]) {
         }
         let Some(permit) = budget.receive.try_claim(body.len() as u64) else { return };
         let smaller = hollow(&checked.wire, &header, &body);
-        let decoded = futures::executor::block_on(decoder.decode(&header, Buffer::from(body), 0, permit));
-        if let Some(Ok((header, body, zeros))) = smaller {
+        let sent = body.len();
+        let decoded = futures::executor::block_on(decoder.decode(&header, Buffer::from(body), sent, permit));
+        if let (Some(smaller), Ok(Decoded::Batch(whole, ..))) = (smaller, &decoded) {
+            let Ok((header, body)) = smaller else { panic!("refused, though its rows are whole") };
             let Some(permit) = budget.receive.try_claim(body.len() as u64) else { return };
-            let smaller = futures::executor::block_on(decoder.decode(&header, body, zeros, permit));
-            if let (Ok(Decoded::Batch(whole, ..)), Ok(Decoded::Batch(smaller, ..))) = (&decoded, &smaller) {
-                assert_eq!(whole, smaller, "the same rows");
-            }
+            let smaller = futures::executor::block_on(decoder.decode(&header, body, sent, permit));
+            let Ok(Decoded::Batch(smaller, ..)) = smaller else { panic!("not decoded, though its rows are whole") };
+            assert_eq!(whole, &smaller, "the same rows");
+            assert_eq!(batch_hash(whole), batch_hash(&smaller), "the same batch");
         }
         match decoded {
             Ok(Decoded::Batch(rows, decode_permit, permit)) => {

@@ -71,7 +71,8 @@ mod hot {
     #[inline(never)]
     pub(super) fn decode(decoder: &mut Decoder, header: &Bytes, body: Buffer, budget: &Budget) {
         let permit = budget.receive.try_claim(1).expect("room");
-        let decoded = executor::block_on(decoder.decode(header, body, 0, permit)).ok();
+        let sent = body.len();
+        let decoded = executor::block_on(decoder.decode(header, body, sent, permit)).ok();
         assert!(matches!(black_box(decoded), Some(Decoded::Batch(..))), "a batch");
     }
 

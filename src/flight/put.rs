@@ -10,7 +10,7 @@ use crate::flight::decode::{self, Decoded, Decoder};
 use crate::flight::dialect::{Connection, Hint};
 use crate::flight::service::Shared;
 use crate::flight::status::{disk_is_full, invalid, of_storage};
-use crate::flight::upload::{Monitor, UploadEnd};
+use crate::flight::upload::{Monitor, StreamFacts, UploadEnd};
 use crate::health::Space;
 use crate::ingest::admit::Permit;
 use crate::ingest::committer::{End, Watermark};
@@ -186,7 +186,7 @@ impl Ingest {
         let wire = decode::schema(&header)?;
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
         let overhead = limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64;
-        self.monitor.set_schema(Arc::clone(&schema.wire), overhead);
+        self.monitor.set_stream(StreamFacts { schema: Arc::clone(&schema.wire), overhead });
         Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), resume_from).await?)
     }
 
@@ -244,7 +244,7 @@ impl Ingest {
             if message.header.is_empty() {
                 continue;
             }
-            match decoder.decode(&message.header, message.body, message.zeros, permit).await? {
+            match decoder.decode(&message.header, message.body, message.sent, permit).await? {
                 Decoded::Dictionary => {}
                 Decoded::Batch(rows, decode_permit, permit) => {
                     if self.shared.null_sink {

@@ -17,7 +17,6 @@ use http_body::{Body, Frame, SizeHint};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -44,10 +43,15 @@ pub(crate) enum UploadEnd {
 #[derive(Debug, Default)]
 pub(crate) struct Monitor {
     state: Mutex<MonitorState>,
-    /// Heap that each message of this stream costs beyond its bytes; known with the schema.
-    overhead: AtomicU64,
-    /// Of the stream's batches.
-    schema: OnceLock<SchemaRef>,
+    stream: OnceLock<StreamFacts>,
+}
+
+/// What is known of a stream's messages once its schema is.
+#[derive(Debug)]
+pub(crate) struct StreamFacts {
+    pub(crate) schema: SchemaRef,
+    /// Heap that each message costs beyond its bytes.
+    pub(crate) overhead: u64,
 }
 
 /// A message that was admitted, with what it holds; `None`: tonic has it, because it is compressed.
@@ -70,10 +74,9 @@ impl Monitor {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).end.unwrap_or(UploadEnd::Broken)
     }
 
-    /// Sets the schema of all further messages, and what each of them costs beyond its bytes.
-    pub(crate) fn set_schema(&self, schema: SchemaRef, overhead: u64) {
-        self.overhead.store(overhead, Ordering::Relaxed);
-        self.schema.get_or_init(|| schema);
+    /// Tells what all further messages have in common.
+    pub(crate) fn set_stream(&self, facts: StreamFacts) {
+        self.stream.get_or_init(|| facts);
     }
 
     fn put(&self, permit: Permit, message: Option<Incoming>) {
@@ -205,7 +208,7 @@ impl UploadBody {
             )));
         }
         let weight = if compressed == 0 { length } else { limit.min(length.saturating_mul(DEFLATE_RATIO_MAX)) };
-        let weight = weight + self.monitor.overhead.load(Ordering::Relaxed);
+        let weight = weight + self.monitor.stream.get().map_or(0, |facts| facts.overhead);
         let pool = self.limits.pool.clone();
         let claim = Box::pin(async move { pool.claim(weight).await });
         self.state = State::Claim { claim, since: Instant::now(), length };
@@ -230,7 +233,7 @@ impl UploadBody {
                     self.restart_stall_clock();
                     if self.header.first() == Some(&0) {
                         let is_cold = limits::CACHED_BYTES < self.limits.pool.held();
-                        let schema = self.monitor.schema.get().cloned();
+                        let schema = self.monitor.stream.get().map(|facts| Arc::clone(&facts.schema));
                         let assembler = Assembler::new(usize::try_from(left).unwrap_or(usize::MAX), is_cold, schema);
                         self.state = State::Message { permit: Some(permit), assembler };
                         continue;
@@ -262,7 +265,8 @@ impl UploadBody {
                     }
                     let whole = std::mem::replace(assembler, Assembler::new(0, false, None)).finish()?;
                     if let Some(mut permit) = permit.take() {
-                        permit.shrink_to(permit.bytes().saturating_sub(whole.saved as u64));
+                        let left_out = whole.sent.saturating_sub(whole.body.len());
+                        permit.shrink_to(permit.bytes().saturating_sub(left_out as u64));
                         self.monitor.put(permit, Some(whole));
                     }
                     self.state = State::Header { have: 0 };

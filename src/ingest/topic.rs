@@ -50,6 +50,8 @@ pub(super) struct Open {
     pub(super) safe: Pieces,
     /// Rows that are nowhere else.
     pub(super) fresh: Pieces,
+    /// What was admitted for them, in bytes.
+    pub(super) fresh_claimed: u64,
     pub(super) marks: Vec<BatchMark>,
     pub(super) safe_marks: usize,
     pub(super) safe_bytes: u64,
@@ -231,6 +233,7 @@ impl<D: Disk> Topic<D> {
         open.arrivals.push(batch.arrived);
         open.marks.push(batch.mark);
         open.data_bytes += batch.data_bytes;
+        open.fresh_claimed += batch.permit.bytes() + batch.decode_permit.as_ref().map_or(0, Permit::bytes);
         join(&mut open.permits, Some(batch.permit));
         join(&mut open.decode_permits, batch.decode_permit);
         if batch.rows.num_rows() > 0 && open.fresh.push(&self.schema, batch.rows) {
@@ -273,8 +276,7 @@ impl<D: Disk> Topic<D> {
         let fresh = std::mem::take(&mut open.fresh).into_batches();
         let rows = arrow::compute::concat_batches(&self.schema.stored, &fresh)?;
         let data_bytes = open.data_bytes - open.safe_bytes;
-        // What came large may take less memory as it came: its buffers of nothing but nulls are one.
-        let pieces = if data_bytes <= limits::COALESCE_PIECE_BYTES as u64 { vec![rows.clone()] } else { fresh };
+        let pieces = lighter(rows.clone(), fresh, std::mem::take(&mut open.fresh_claimed));
         let run = TailRun::pack(&rows, first_batch, first_row, marks, data_bytes, open.fresh_time.take())?;
         for rows in pieces.into_iter().filter(|rows| rows.num_rows() > 0) {
             open.safe.push(&self.schema, rows);
@@ -296,6 +298,12 @@ impl<D: Disk> Topic<D> {
         drop(failed);
         self.open.replace(Open { sorted: true, ..Open::default() });
     }
+}
+
+/// Rows joined, or the pieces they are of, whichever what was admitted for the pieces covers. Joined, single rows weigh
+/// a fraction; what came without that which lies under nulls would weigh more.
+fn lighter(joined: RecordBatch, pieces: Vec<RecordBatch>, claimed: u64) -> Vec<RecordBatch> {
+    if joined.get_array_memory_size() as u64 <= claimed { vec![joined] } else { pieces }
 }
 
 pub(super) fn join(into: &mut Option<Permit>, permit: Option<Permit>) {
@@ -403,6 +411,26 @@ mod tests {
     fn numbers(schema: &TopicSchema, numbers: std::ops::Range<i64>) -> RecordBatch {
         let column = Arc::new(Int64Array::from_iter_values(numbers));
         RecordBatch::try_new(Arc::clone(&schema.stored), vec![column]).expect("a batch")
+    }
+
+    #[test]
+    fn inv_7_rows_are_joined_unless_that_takes_more_than_was_admitted() {
+        const ROWS: usize = 1000;
+        let schema = schema();
+        // As they are decoded: parts of one message, each of which tells the memory of all of it.
+        let message = arrow::buffer::Buffer::from(vec![0_u8; 600]);
+        let single = Int64Array::new(arrow::buffer::ScalarBuffer::new(message, 64, 1), None);
+        let single = RecordBatch::try_new(Arc::clone(&schema.stored), vec![Arc::new(single)]).expect("a row");
+        let singles = vec![single; ROWS];
+        let joined = arrow::compute::concat_batches(&schema.stored, &singles).expect("rows");
+        assert_eq!(lighter(joined, singles, 600 * ROWS as u64).len(), 1);
+        // Two columns that show the same zeros.
+        let zeros = Arc::new(Int64Array::from(vec![0; ROWS]));
+        let shared = RecordBatch::try_from_iter([("a", Arc::clone(&zeros) as _), ("b", zeros as _)]).expect("rows");
+        let pieces = vec![shared; 2];
+        let joined = arrow::compute::concat_batches(&pieces[0].schema(), &pieces).expect("rows");
+        let sent = 2 * (8 * ROWS as u64 + 2 * limits::NODE_OVERHEAD_BYTES);
+        assert_eq!(lighter(joined, pieces, sent).len(), 2);
     }
 
     #[test]
