@@ -527,6 +527,38 @@ mod tests {
     }
 
     #[test]
+    fn inv_7_fields_that_would_take_what_is_saved_leave_the_body_whole() {
+        let rows = batch(no_numbers(3));
+        let (header, body) = encode(&rows, 64, None);
+        let message = |metadata: usize| FlightData {
+            data_header: header.clone().into(),
+            app_metadata: vec![7; metadata].into(),
+            data_body: body.clone().into(),
+            ..Default::default()
+        };
+        let taken = |metadata| {
+            let bytes = message(metadata).encode_to_vec();
+            let mut assembler = Assembler::new(bytes.len(), false, Some(rows.schema()));
+            assembler.add(&bytes).expect("FlightData");
+            assembler.finish().expect("FlightData").body.len()
+        };
+        assert!(taken(0) < body.len());
+        assert_eq!(taken(body.len() / SAVED_PART_MIN / 2), body.len());
+    }
+
+    #[test]
+    fn a_header_that_says_something_else_is_not_the_same_but_for_its_places() {
+        let (header, _) = encode(&batch(no_numbers(3)), 64, None);
+        let (elsewhere, _) = encode(&batch(no_numbers(3)), 8, None);
+        assert!(differ_by_places(&header, &header));
+        assert!(differ_by_places(&header, &elsewhere), "padded otherwise");
+        for other in [vec![times(); 3], no_numbers(4)] {
+            assert!(!differ_by_places(&header, &encode(&batch(other), 64, None).0));
+        }
+        assert!(!differ_by_places(&header, &header[..header.len() / 2]));
+    }
+
+    #[test]
     fn a_second_header_behind_a_body_that_was_made_smaller_is_refused() {
         let rows = batch(no_numbers(3));
         let (header, body) = encode(&rows, 64, None);

@@ -276,7 +276,7 @@ impl<D: Disk> Topic<D> {
         let fresh = std::mem::take(&mut open.fresh).into_batches();
         let rows = arrow::compute::concat_batches(&self.schema.stored, &fresh)?;
         let data_bytes = open.data_bytes - open.safe_bytes;
-        let pieces = lighter(rows.clone(), fresh, std::mem::take(&mut open.fresh_claimed));
+        let pieces = joined_or_pieces(rows.clone(), fresh, std::mem::take(&mut open.fresh_claimed));
         let run = TailRun::pack(&rows, first_batch, first_row, marks, data_bytes, open.fresh_time.take())?;
         for rows in pieces.into_iter().filter(|rows| rows.num_rows() > 0) {
             open.safe.push(&self.schema, rows);
@@ -300,9 +300,9 @@ impl<D: Disk> Topic<D> {
     }
 }
 
-/// Rows joined, or the pieces they are of, whichever what was admitted for the pieces covers. Joined, single rows weigh
-/// a fraction; what came without that which lies under nulls would weigh more.
-fn lighter(joined: RecordBatch, pieces: Vec<RecordBatch>, claimed: u64) -> Vec<RecordBatch> {
+/// The joined rows if they take no more than what was admitted for their pieces, or the pieces. Single rows weigh a
+/// fraction once they are joined; rows that came without what lies under nulls weigh more.
+fn joined_or_pieces(joined: RecordBatch, pieces: Vec<RecordBatch>, claimed: u64) -> Vec<RecordBatch> {
     if joined.get_array_memory_size() as u64 <= claimed { vec![joined] } else { pieces }
 }
 
@@ -423,14 +423,14 @@ mod tests {
         let single = RecordBatch::try_new(Arc::clone(&schema.stored), vec![Arc::new(single)]).expect("a row");
         let singles = vec![single; ROWS];
         let joined = arrow::compute::concat_batches(&schema.stored, &singles).expect("rows");
-        assert_eq!(lighter(joined, singles, 600 * ROWS as u64).len(), 1);
+        assert_eq!(joined_or_pieces(joined, singles, 600 * ROWS as u64).len(), 1);
         // Two columns that show the same zeros.
         let zeros = Arc::new(Int64Array::from(vec![0; ROWS]));
         let shared = RecordBatch::try_from_iter([("a", Arc::clone(&zeros) as _), ("b", zeros as _)]).expect("rows");
         let pieces = vec![shared; 2];
         let joined = arrow::compute::concat_batches(&pieces[0].schema(), &pieces).expect("rows");
         let sent = 2 * (8 * ROWS as u64 + 2 * limits::NODE_OVERHEAD_BYTES);
-        assert_eq!(lighter(joined, pieces, sent).len(), 2);
+        assert_eq!(joined_or_pieces(joined, pieces, sent).len(), 2);
     }
 
     #[test]
