@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: storage::uring::allocator::Allocator = storage::uring::allocator::Allocator;
 
 fn main() -> ExitCode {
     storage::uring::allocator::keep_memory();

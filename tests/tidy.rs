@@ -57,7 +57,8 @@ fn one_outside_crate_has_one_room() {
     check_room("hdrhistogram", &["src/stats.rs"]);
     check_room("sd_notify", &["src/systemd.rs"]);
     check_room("core_affinity", &["src/daemon.rs"]);
-    check_room("mimalloc", &["src/main.rs"]);
+    check_room("mimalloc", &["storage/src/uring/"]);
+    check_room("libmimalloc_sys", &["storage/src/uring/"]);
     check_room("clap", &["src/cli/"]);
     check_room("toml", &["src/config/"]);
     check_room("ulid", &["src/lifecycle/mod.rs"]);

@@ -32,7 +32,7 @@ use std::process::ExitCode;
 
 /// The same allocator as flightbox: rivals and null source must not lose by theirs.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: storage::uring::allocator::Allocator = storage::uring::allocator::Allocator;
 
 /// What to measure.
 #[derive(Debug, Parser)]
