@@ -17,6 +17,8 @@ mod ontology;
 mod query;
 mod recovery;
 mod rings;
+#[cfg(test)]
+mod samples;
 mod scrub;
 #[cfg(test)]
 mod simulation;

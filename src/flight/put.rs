@@ -29,6 +29,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
+use storage::StorageError;
 use storage::chunk::BatchMark;
 use storage::chunk::data_bytes;
 use storage::chunk::hash::batch_hash;
@@ -75,7 +76,7 @@ fn results(
     let answer = Answer { watermark, done, sent_batches: 0, over: false };
     futures::stream::unfold(answer, |mut answer| async move {
         loop {
-            let mark = answer.watermark.borrow_and_update().clone();
+            let mark = *answer.watermark.borrow_and_update();
             if mark.batches > answer.sent_batches {
                 answer.sent_batches = mark.batches;
                 return Some((Ok(put_result(&mark)), answer));
@@ -193,13 +194,10 @@ impl Ingest {
     fn ends(&self, upload: &Upload) -> Ends {
         let volume = self.shared.volumes.index_of(&upload.topic);
         let space = self.shared.health.rooms.get(volume).map_or(&self.shared.health.space, |room| &room.space);
-        let mut ends = Ends {
-            watermark: upload.watermark.clone(),
-            stopping: self.shared.stopping.clone(),
-            space: space.subscribe(),
-        };
+        let mut ends =
+            Ends { failed: upload.failed.clone(), stopping: self.shared.stopping.clone(), space: space.subscribe() };
         // What has happened before this is seen at the first look.
-        ends.watermark.mark_changed();
+        ends.failed.mark_changed();
         ends.stopping.mark_changed();
         ends.space.mark_changed();
         ends
@@ -319,7 +317,7 @@ pub(super) fn target(
 
 /// What ends an upload from our side.
 struct Ends {
-    watermark: watch::Receiver<Watermark>,
+    failed: watch::Receiver<Option<StorageError>>,
     stopping: watch::Receiver<bool>,
     space: watch::Receiver<Space>,
 }
@@ -327,13 +325,14 @@ struct Ends {
 impl Ends {
     /// Why it must end, if it must; costs nothing while nothing changes.
     fn now(&mut self) -> Option<Status> {
-        if self.watermark.has_changed().is_err() {
-            return Some(self.watermark.borrow().failed.as_ref().map_or_else(gone, of_storage));
-        }
-        if self.watermark.has_changed().unwrap_or(false)
-            && let Some(error) = &self.watermark.borrow_and_update().failed
-        {
-            return Some(of_storage(error));
+        match self.failed.has_changed() {
+            Err(_) => return Some(self.failed.borrow().as_ref().map_or_else(gone, of_storage)),
+            Ok(true) => {
+                if let Some(error) = &*self.failed.borrow_and_update() {
+                    return Some(of_storage(error));
+                }
+            }
+            Ok(false) => {}
         }
         if self.stopping.has_changed().unwrap_or(true) && *self.stopping.borrow_and_update() {
             return Some(shutting_down());
@@ -348,8 +347,8 @@ impl Ends {
     async fn wait(&mut self) -> Status {
         tokio::select! {
             biased;
-            failed = self.watermark.wait_for(|mark| mark.failed.is_some()) => match failed {
-                Ok(mark) => mark.failed.as_ref().map_or_else(gone, of_storage),
+            failed = self.failed.wait_for(Option::is_some) => match failed {
+                Ok(failed) => failed.as_ref().map_or_else(gone, of_storage),
                 Err(_) => gone(),
             },
             _ = self.stopping.wait_for(|stop| *stop) => shutting_down(),
@@ -360,7 +359,7 @@ impl Ends {
 
 /// The topic was closed under the stream: aborted, deleted or finalized.
 fn gone() -> Status {
-    of_storage(&storage::StorageError::Gone)
+    of_storage(&StorageError::Gone)
 }
 
 fn shutting_down() -> Status {

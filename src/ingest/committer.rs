@@ -30,13 +30,12 @@ use tokio::sync::{oneshot, watch};
 
 type Outcome = Result<(), StorageError>;
 
-/// What is durable of an upload; also the place where its failure is told.
-#[derive(Debug, Clone, Default)]
+/// What is durable of an upload.
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Watermark {
     pub(crate) rows: u64,
     pub(crate) batches: u64,
     pub(crate) bytes: u64,
-    pub(crate) failed: Option<StorageError>,
 }
 
 /// A chunk on stable media, to be recorded.
@@ -118,6 +117,11 @@ impl Live {
         }
     }
 
+    /// What is to be told of a topic once the group is durable.
+    fn told(&self, topic: TopicNo) -> Told {
+        self.topics.get(&topic).map(|state| (Arc::clone(&state.watermark), state.totals))
+    }
+
     /// The group is durable.
     fn keep(&mut self) {
         self.undo.clear();
@@ -163,8 +167,16 @@ type Told = Option<(Arc<watch::Sender<Watermark>>, TopicTotals)>;
 
 enum Item {
     Chunk(Box<ChunkCommit>),
-    Tail { topic: TopicNo, run: Box<TailRun>, reply: oneshot::Sender<Outcome> },
-    End { topic: TopicNo, end: End, reply: oneshot::Sender<Outcome> },
+    /// Runs of different topics: hundreds of slow ones share a wake-up and an answer.
+    Tails {
+        runs: Vec<(TopicNo, TailRun)>,
+        reply: oneshot::Sender<Vec<Outcome>>,
+    },
+    End {
+        topic: TopicNo,
+        end: End,
+        reply: oneshot::Sender<Outcome>,
+    },
     Change(Change),
 }
 
@@ -180,6 +192,7 @@ pub(crate) struct Entry {
 enum Applied {
     Change(Instant, Option<Acknowledge>),
     Data(Entry, Outcome, Told),
+    Tails(Entry, Vec<(Outcome, Told)>),
 }
 
 /// The way to the committer.
@@ -193,7 +206,7 @@ impl CommitHandle {
     async fn send(&self, item: Item) -> Outcome {
         let (has_time, is_small) = match &item {
             Item::Chunk(commit) => (commit.end.is_none(), commit.end.is_some()),
-            Item::Tail { .. } => (true, true),
+            Item::Tails { .. } => (true, true),
             Item::End { .. } | Item::Change(_) => (false, true),
         };
         if is_small {
@@ -214,9 +227,13 @@ impl CommitHandle {
         self.send(Item::Chunk(Box::new(commit))).await
     }
 
-    /// Queues a tail run, like [`Self::chunk`].
-    pub(crate) async fn tail(&self, topic: TopicNo, run: TailRun, reply: oneshot::Sender<Outcome>) -> Outcome {
-        self.send(Item::Tail { topic, run: Box::new(run), reply }).await
+    /// Queues tail runs, like [`Self::chunk`]; the reply has an outcome for each of them.
+    pub(crate) async fn tails(
+        &self,
+        runs: Vec<(TopicNo, TailRun)>,
+        reply: oneshot::Sender<Vec<Result<(), StorageError>>>,
+    ) -> Result<(), StorageError> {
+        self.send(Item::Tails { runs, reply }).await
     }
 
     /// Queues the end of an upload, like [`Self::chunk`].
@@ -405,7 +422,10 @@ impl Committer {
                 Applied::Change(_, Some(acknowledge)) => acknowledge(&Err(cause.clone())),
                 Applied::Change(_, None) => {}
                 Applied::Data(entry, Err(error), _) => answer(entry.item, Err(error)),
-                Applied::Data(entry, Ok(()), _) => again.push_back(Entry { again: true, ..entry }),
+                // Also the runs that were refused: nobody was told.
+                Applied::Data(entry, Ok(()), _) | Applied::Tails(entry, _) => {
+                    again.push_back(Entry { again: true, ..entry });
+                }
             }
         }
         again
@@ -475,9 +495,15 @@ fn apply(group: &mut Group, live: &mut Live, entry: Entry, stats: &Arc<Stats>) -
             Stats::add(&stats.chunks, 1);
             (apply_chunk(group, live, commit, again), commit.topic, commit.end)
         }
-        Item::Tail { topic, run, .. } => {
-            Stats::add(&stats.tail_runs, 1);
-            (apply_tail(group, live, *topic, run, again), *topic, None)
+        Item::Tails { runs, .. } => {
+            Stats::add(&stats.tail_runs, runs.len() as u64);
+            let apply = |(topic, run): &(TopicNo, TailRun)| {
+                let result = apply_tail(group, live, *topic, run, again);
+                let told = if result.is_ok() { live.told(*topic) } else { None };
+                (result, told)
+            };
+            let applied = runs.iter().map(apply).collect();
+            return Applied::Tails(Entry { item, queued, again }, applied);
         }
         Item::End { topic, end, .. } => {
             let result = match live.topics.get(topic) {
@@ -487,10 +513,7 @@ fn apply(group: &mut Group, live: &mut Live, entry: Entry, stats: &Arc<Stats>) -
             (result, *topic, Some(*end))
         }
     };
-    let told = match (&result, live.topics.get(&topic)) {
-        (Ok(()), Some(state)) => Some((Arc::clone(&state.watermark), state.totals)),
-        _ => None,
-    };
+    let told = if result.is_ok() { live.told(topic) } else { None };
     if end.is_some() && result.is_ok() {
         live.close(topic);
     }
@@ -508,22 +531,37 @@ fn acknowledge(applied: Applied, stats: &Stats) {
         }
         Applied::Data(entry, result, told) => {
             stats.record(Station::Commit, entry.queued.elapsed());
-            if let Some((watermark, totals)) = told {
-                watermark.send_modify(|mark| {
-                    mark.rows = totals.rows;
-                    mark.batches = totals.batches;
-                    mark.bytes = totals.data_bytes;
-                });
-            }
+            tell(told);
             answer(entry.item, result);
         }
+        Applied::Tails(entry, applied) => {
+            stats.record(Station::Commit, entry.queued.elapsed());
+            let told = |(result, told)| {
+                tell(told);
+                result
+            };
+            let results = applied.into_iter().map(told).collect();
+            if let Item::Tails { reply, .. } = entry.item {
+                reply.send(results).ok(); // As in `answer`.
+            }
+        }
+    }
+}
+
+fn tell(told: Told) {
+    if let Some((watermark, totals)) = told {
+        watermark.send_replace(Watermark { rows: totals.rows, batches: totals.batches, bytes: totals.data_bytes });
     }
 }
 
 fn answer(item: Item, result: Outcome) {
     let reply = match item {
         Item::Chunk(commit) => commit.reply,
-        Item::Tail { reply, .. } | Item::End { reply, .. } => reply,
+        Item::End { reply, .. } => reply,
+        Item::Tails { runs, reply } => {
+            reply.send(vec![result; runs.len()]).ok(); // As below.
+            return;
+        }
         Item::Change(_) => return,
     };
     reply.send(result).ok(); // A writer that stopped needs no answer; the commit stands.
@@ -604,4 +642,52 @@ fn write_end(txn: &mut Txn<'_>, topic: TopicNo, totals: &TopicTotals, end: Optio
         txn.put(Family::Topics, keys::topic(topic), &record)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::samples::every_type;
+    use storage::chunk::BatchMark;
+
+    fn run_of(first_batch: u64) -> TailRun {
+        let rows = every_type(2);
+        let marks = vec![BatchMark { rows: 2, hash: 7 }];
+        TailRun::pack(&rows, first_batch, 2 * first_batch, marks, 100, None).expect("packed")
+    }
+
+    #[test]
+    fn of_the_runs_that_share_an_entry_each_has_its_own_outcome() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let catalog = Catalog::open(folder.path(), false).expect("a catalog");
+        let (stats, health) = (Arc::new(Stats::default()), Arc::new(Health::default()));
+        let (committer, thread) = start(catalog.clone(), Duration::ZERO, stats, health).expect("a thread");
+        let (first, second) = (TopicNo(1), TopicNo(2));
+        let (watermarks, mut marks): (Vec<_>, Vec<_>) = (0..2).map(|_| watch::channel(Watermark::default())).unzip();
+        let watermarks: Vec<_> = watermarks.into_iter().map(Arc::new).collect();
+        futures::executor::block_on(async {
+            let opening = watermarks.clone();
+            let opened = committer.change(move |_, live| {
+                for (topic, watermark) in [first, second].into_iter().zip(opening) {
+                    live.open(topic, watermark, TopicTotals::default(), 0);
+                }
+                Ok::<_, StorageError>(())
+            });
+            opened.await.expect("opened");
+            // One of a topic that nobody writes, one that leaves a hole (INV-2).
+            let runs = vec![(first, run_of(0)), (TopicNo(3), run_of(0)), (second, run_of(1)), (second, run_of(0))];
+            let (reply, answer) = oneshot::channel();
+            committer.tails(runs, reply).await.expect("queued");
+            let outcomes = answer.await.expect("answered");
+            let [Ok(()), Err(StorageError::Gone), Err(StorageError::Catalog { .. }), Ok(())] = &outcomes[..] else {
+                panic!("{outcomes:?}");
+            };
+        });
+        let told: Vec<_> = marks.iter_mut().map(|mark| mark.borrow().batches).collect();
+        assert_eq!(told, [1, 1]);
+        let tail = |topic| catalog.tail(topic, 0).expect("a tail").len();
+        assert_eq!((tail(first), tail(second), tail(TopicNo(3))), (1, 1, 0));
+        drop(committer);
+        thread.join().expect("ended");
+    }
 }

@@ -6,6 +6,7 @@
 pub(crate) mod admit;
 pub(crate) mod committer;
 pub(crate) mod gather;
+mod join;
 pub(crate) mod lane;
 pub(crate) mod steward;
 pub(crate) mod topic;

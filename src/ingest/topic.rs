@@ -5,8 +5,9 @@
 //! Does not know: when a chunk closes, the committer, other topics.
 
 use crate::ingest::admit::Permit;
-use crate::ingest::committer::{End, Watermark};
+use crate::ingest::committer::End;
 use crate::ingest::gather::{OpenChunk, TailRate};
+use crate::ingest::join::join;
 use crate::limits;
 use arrow::array::RecordBatch;
 use std::cell::{Cell, RefCell};
@@ -71,7 +72,8 @@ pub(super) struct Topic<D: Disk> {
     pub(super) record: TopicRecord,
     pub(super) schema: Arc<TopicSchema>,
     pub(super) encoder: TopicEncoder,
-    pub(super) watermark: Arc<watch::Sender<Watermark>>,
+    /// Told the first cause of a failure.
+    pub(super) fails: watch::Sender<Option<StorageError>>,
     pub(super) open: RefCell<Open>,
     /// First batch and row of the open chunk.
     pub(super) next: Cell<(u64, u64)>,
@@ -144,7 +146,7 @@ impl<D: Disk> Topic<D> {
         record: TopicRecord,
         schema: Arc<TopicSchema>,
         encoder: TopicEncoder,
-        watermark: Arc<watch::Sender<Watermark>>,
+        fails: watch::Sender<Option<StorageError>>,
         place: SegmentWriter<D>,
         start: Start,
     ) -> Self {
@@ -163,7 +165,7 @@ impl<D: Disk> Topic<D> {
         Self {
             schema,
             encoder,
-            watermark,
+            fails,
             open: RefCell::new(open),
             next: Cell::new(start.next),
             place: Mutex::new(place),
@@ -234,8 +236,8 @@ impl<D: Disk> Topic<D> {
         open.marks.push(batch.mark);
         open.data_bytes += batch.data_bytes;
         open.fresh_claimed += batch.permit.bytes() + batch.decode_permit.as_ref().map_or(0, Permit::bytes);
-        join(&mut open.permits, Some(batch.permit));
-        join(&mut open.decode_permits, batch.decode_permit);
+        absorb(&mut open.permits, Some(batch.permit));
+        absorb(&mut open.decode_permits, batch.decode_permit);
         if batch.rows.num_rows() > 0 && open.fresh.push(&self.schema, batch.rows) {
             open.shrink_permits();
         }
@@ -262,7 +264,7 @@ impl<D: Disk> Topic<D> {
         open.data_bytes - open.safe_bytes
     }
 
-    /// Takes the fresh batches as one run for the tail.
+    /// Takes the fresh batches as one run for the tail, with the times when they arrived.
     pub(super) fn pack_tail(&self) -> Result<Option<(TailRun, Vec<Instant>)>, StorageError> {
         let mut open = self.open.borrow_mut();
         let open = &mut *open;
@@ -274,7 +276,7 @@ impl<D: Disk> Topic<D> {
         let first_batch = chunk_batch + open.safe_marks as u64;
         let first_row = chunk_row + rows_of(&open.marks, 0) - rows_of(&marks, 0);
         let fresh = std::mem::take(&mut open.fresh).into_batches();
-        let rows = arrow::compute::concat_batches(&self.schema.stored, &fresh)?;
+        let rows = join(&self.schema.stored, &fresh)?;
         let data_bytes = open.data_bytes - open.safe_bytes;
         let pieces = joined_or_pieces(rows.clone(), fresh, std::mem::take(&mut open.fresh_claimed));
         let run = TailRun::pack(&rows, first_batch, first_row, marks, data_bytes, open.fresh_time.take())?;
@@ -292,7 +294,7 @@ impl<D: Disk> Topic<D> {
     pub(super) fn fail(&self, error: StorageError) {
         let mut failed = self.failed.borrow_mut();
         if failed.is_none() {
-            self.watermark.send_modify(|mark| mark.failed = Some(error.clone()));
+            self.fails.send_replace(Some(error.clone()));
             *failed = Some(error);
         }
         drop(failed);
@@ -306,7 +308,7 @@ fn joined_or_pieces(joined: RecordBatch, pieces: Vec<RecordBatch>, claimed: u64)
     if joined.get_array_memory_size() as u64 <= claimed { vec![joined] } else { pieces }
 }
 
-pub(super) fn join(into: &mut Option<Permit>, permit: Option<Permit>) {
+fn absorb(into: &mut Option<Permit>, permit: Option<Permit>) {
     match (into.as_mut(), permit) {
         (Some(all), Some(one)) => all.absorb(one),
         (None, one) => *into = one,
@@ -355,7 +357,7 @@ impl Pieces {
         let is_small = |piece: &RecordBatch| piece.get_array_memory_size() <= limits::COALESCE_PIECE_BYTES;
         for group in unsettled.chunk_by(|a, b| is_small(a) && is_small(b)) {
             match group {
-                [_, _, ..] => match arrow::compute::concat_batches(&schema.stored, group) {
+                [_, _, ..] => match join(&schema.stored, group) {
                     Ok(one) => self.batches.push(one),
                     Err(_) => self.batches.extend_from_slice(group),
                 },

@@ -10,7 +10,7 @@ mod looks;
 
 use crate::health::Health;
 use crate::ingest::admit::Budget;
-use crate::ingest::committer::{ChunkCommit, CommitHandle, End, Watermark};
+use crate::ingest::committer::{ChunkCommit, CommitHandle, End};
 use crate::ingest::gather::{CROWD_FLOOR_BYTES, ChunkRule, FlushTime, TailRate, floor_bytes};
 use crate::ingest::lane::{Receiver, Sender};
 use crate::ingest::steward::StewardHandle;
@@ -43,7 +43,8 @@ pub(crate) enum Message {
         facts: Arc<TopicFacts>,
         schema: Arc<TopicSchema>,
         encoder: Box<TopicEncoder>,
-        watermark: Arc<watch::Sender<Watermark>>,
+        /// Told when the upload fails.
+        fails: watch::Sender<Option<StorageError>>,
         start: Box<Start>,
     },
     /// Its next batch.
@@ -79,6 +80,15 @@ pub(crate) struct Context {
 }
 
 pub(crate) use storage::write::PreallocBudget;
+
+/// A run on its way into the tail.
+struct Packed<D: Disk> {
+    topic: Rc<Topic<D>>,
+    run: TailRun,
+    /// When its batches arrived.
+    arrivals: Vec<Instant>,
+    turn: Turn,
+}
 
 struct Writer<D: Disk> {
     context: Context,
@@ -163,8 +173,8 @@ impl<D: Disk> Writer<D> {
     /// Acts on a message; says whether a chunk is full and may go.
     fn take(self: &Rc<Self>, message: Message) -> bool {
         match message {
-            Message::Open { facts, schema, encoder, watermark, start } => {
-                self.open(facts, schema, *encoder, watermark, *start);
+            Message::Open { facts, schema, encoder, fails, start } => {
+                self.open(facts, schema, *encoder, fails, *start);
             }
             Message::Batch { topic, batch } => {
                 let topic = self.topics.borrow().get(&topic).cloned();
@@ -221,17 +231,17 @@ impl<D: Disk> Writer<D> {
         facts: Arc<TopicFacts>,
         schema: Arc<TopicSchema>,
         encoder: TopicEncoder,
-        watermark: Arc<watch::Sender<Watermark>>,
+        fails: watch::Sender<Option<StorageError>>,
         start: Start,
     ) {
         let record = facts.topic.clone();
         if let Some(reply) = self.overtaken.borrow_mut().remove(&record.no) {
-            watermark.send_modify(|mark| mark.failed = Some(StorageError::Gone));
+            fails.send_replace(Some(StorageError::Gone));
             reply.send(()).ok(); // The deletion goes on at the next start if nobody waits.
             return;
         }
         let place = SegmentWriter::new(&self.shared, facts, crate::when::now_ns()).starting_at(start.segment);
-        let topic = Topic::new(record, schema, encoder, watermark, place, start);
+        let topic = Topic::new(record, schema, encoder, fails, place, start);
         let topic = Rc::new(topic);
         self.looks.got_batches(Rc::clone(&topic));
         self.topics.borrow_mut().insert(topic.record.no, topic);
@@ -266,7 +276,7 @@ impl<D: Disk> Writer<D> {
         if !failed && !enough && !topic.open.borrow().fresh.is_empty() && goes {
             tail.take(bytes);
             self.looks.keep_tail_rate(tail);
-            self.tail(topic);
+            self.send_tails(self.pack_tail(topic).into_iter().collect());
         }
         let failed = topic.failed.borrow().is_some();
         // A topic that stays unlocked keeps its small rest in the tail: its chunk may still grow.
@@ -327,44 +337,68 @@ impl<D: Disk> Writer<D> {
         self.progress.notify_one();
     }
 
-    /// Puts the fresh batches into the tail.
-    fn tail(self: &Rc<Self>, topic: &Rc<Topic<D>>) {
-        let packed = topic.pack_tail();
-        let (run, arrivals) = match packed {
-            Ok(Some(packed)) => packed,
-            Ok(None) => return,
+    /// Packs the fresh batches for the tail, if there are any.
+    fn pack_tail(&self, topic: &Rc<Topic<D>>) -> Option<Packed<D>> {
+        match topic.pack_tail() {
+            Ok(packed) => packed.map(|(run, arrivals)| {
+                topic.tail_in_flight.set(true);
+                Packed { topic: Rc::clone(topic), run, arrivals, turn: Turn::take(topic) }
+            }),
             Err(error) => {
                 topic.fail(error);
-                return;
+                None
             }
-        };
-        topic.tail_in_flight.set(true);
-        let turn = Turn::take(topic);
-        let (writer, topic) = (Rc::clone(self), Rc::clone(topic));
+        }
+    }
+
+    /// Sends runs of different topics on their way into the tail. Of one topic, or of topics that have nothing under
+    /// way: none waits for what another has before it.
+    fn send_tails(self: &Rc<Self>, packed: Vec<Packed<D>>) {
+        if packed.is_empty() {
+            return;
+        }
+        let writer = Rc::clone(self);
         tokio::task::spawn_local(async move {
-            let result = writer.commit_tail(&topic, run, turn).await;
-            topic.tail_in_flight.set(false);
-            match result {
-                Ok(()) => writer.acknowledged(&arrivals),
-                Err(error) => topic.fail(error),
-            }
+            writer.commit_tails(packed).await;
             writer.progress.notify_one();
         });
     }
 
-    async fn commit_tail(&self, topic: &Topic<D>, run: TailRun, turn: Turn) -> Result<(), StorageError> {
-        let (rows, batches, bytes) = (run.end_row() - run.first_row, run.marks.len() as u64, run.data_bytes);
-        let (reply, answer) = oneshot::channel();
-        turn.wait().await;
-        if let Some(cause) = topic.failed.borrow().clone() {
-            return Err(cause);
+    async fn commit_tails(&self, packed: Vec<Packed<D>>) {
+        let (mut runs, mut turns, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
+        for Packed { topic, run, arrivals, turn } in packed {
+            turn.wait().await;
+            // What went before failed for good: nothing may stand behind a hole (INV-2).
+            if topic.failed.borrow().is_some() {
+                topic.tail_in_flight.set(false);
+                continue;
+            }
+            let counts = (run.end_row() - run.first_row, run.marks.len() as u64, run.data_bytes);
+            runs.push((topic.record.no, run));
+            turns.push(turn);
+            waiting.push((topic, arrivals, counts));
         }
-        let queued = self.context.committer.tail(topic.record.no, run, reply).await;
-        turn.done();
-        queued?;
-        answer.await.map_err(|_| StorageError::Gone)??;
-        self.count(rows, batches, bytes);
-        Ok(())
+        if runs.is_empty() {
+            return;
+        }
+        let (reply, answer) = oneshot::channel();
+        let queued = self.context.committer.tails(runs, reply).await;
+        turns.iter().for_each(Turn::done);
+        let results = match queued {
+            Ok(()) => answer.await.map_err(|_| StorageError::Gone),
+            Err(error) => Err(error),
+        };
+        let results = results.unwrap_or_else(|error| vec![Err(error); waiting.len()]);
+        for ((topic, arrivals, (rows, batches, bytes)), result) in waiting.into_iter().zip(results) {
+            topic.tail_in_flight.set(false);
+            match result {
+                Ok(()) => {
+                    self.count(rows, batches, bytes);
+                    self.acknowledged(&arrivals);
+                }
+                Err(error) => topic.fail(error),
+            }
+        }
     }
 
     /// Closes the open chunk and starts it on its way.

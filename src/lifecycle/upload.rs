@@ -36,6 +36,9 @@ pub(crate) struct Upload {
     pub(crate) topic: TopicRecord,
     pub(crate) schema: Arc<TopicSchema>,
     pub(crate) watermark: watch::Receiver<Watermark>,
+    /// The first cause of its failure. A channel of its own: a stream that only waits for this is not woken by every
+    /// watermark.
+    pub(crate) failed: watch::Receiver<Option<StorageError>>,
     /// Number of the first batch that comes.
     pub(crate) first_batch: u64,
     /// What was durable when it was opened.
@@ -128,6 +131,7 @@ impl Lifecycle {
         let (watermark, receiver) = watch::channel(Watermark::default());
         let watermark = Arc::new(watermark);
         let for_committer = Arc::clone(&watermark);
+        let (fails, failed) = watch::channel(None);
         let wire = Arc::clone(&schema.wire);
         let (topic, ontology, totals) = self
             .committer
@@ -161,9 +165,7 @@ impl Lifecycle {
             })
             .await?;
         // From here on nobody else writes the topic: what is durable of it stands still.
-        watermark.send_modify(|mark| {
-            (mark.rows, mark.batches, mark.bytes) = (totals.rows, totals.batches, totals.data_bytes);
-        });
+        watermark.send_replace(Watermark { rows: totals.rows, batches: totals.batches, bytes: totals.data_bytes });
         let begun = self.begun(&topic, &schema);
         let (start, view, facts) = match begun {
             Ok(begun) => begun,
@@ -176,12 +178,12 @@ impl Lifecycle {
             facts: Arc::new(facts),
             schema: Arc::clone(&schema),
             encoder: Box::new(encoder.with_index(ontology.record.derived.clone())),
-            watermark,
+            fails,
             start: Box::new(start),
         };
         self.writers.of(topic.no).send(open).await.map_err(|_| StorageError::Gone)?;
         let first_batch = resume_from.unwrap_or(0);
-        Ok(Upload { topic, schema, watermark: receiver, first_batch, durable: totals, view })
+        Ok(Upload { topic, schema, watermark: receiver, failed, first_batch, durable: totals, view })
     }
 
     /// Closes a topic that was opened and cannot be written.

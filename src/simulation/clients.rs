@@ -189,7 +189,11 @@ pub(super) async fn put_one_by_one(life: &Life, topic: &mut TopicLedger, count: 
     for batch in topic.sent..topic.sent + count {
         let message = message(life, topic, batch).await;
         lane.send(Message::Batch { topic: opened.topic.no, batch: Box::new(message) }).await.expect("sent");
-        watermark.wait_for(|mark| mark.batches > batch || mark.failed.is_some()).await.expect("told");
+        let mut failed = opened.failed.clone();
+        tokio::select! {
+            durable = watermark.wait_for(|mark| mark.batches > batch) => drop(durable.expect("told")),
+            failed = failed.wait_for(Option::is_some) => drop(failed.expect("told")),
+        }
         topic.acked = watermark.borrow().batches;
     }
     topic.sent += count;

@@ -10,9 +10,13 @@ use crate::error::{Result, StorageError};
 use arrow::array::RecordBatch;
 use arrow::buffer::Buffer;
 use arrow::datatypes::SchemaRef;
+use arrow::ipc::MetadataVersion;
 use arrow::ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, IpcWriteOptions};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+
+/// Where buffers begin in a value: a run has few rows, and the 64 bytes that Arrow recommends would be mostly padding.
+const BUFFER_ALIGNMENT: usize = 8;
 
 /// One run of batches in the tail.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,7 +56,7 @@ impl TailRun {
         let (_, encoded) = IpcDataGenerator::default().encode(
             batch,
             &mut dictionaries,
-            &IpcWriteOptions::default(),
+            &IpcWriteOptions::try_new(BUFFER_ALIGNMENT, false, MetadataVersion::V5)?,
             &mut IpcWriteContext::default(),
         )?;
         Ok(Self {

@@ -116,6 +116,7 @@ impl<D: Disk> Writer<D> {
         let mut pace = if is_look { Pace::Idle } else { self.looks.pace.get() };
         let until_look = interval.saturating_sub(now.duration_since(self.looks.looked.get().unwrap_or(now)));
         let mut tail = self.looks.tail_rate(now);
+        let (mut packed, mut packed_bytes) = (Vec::new(), 0);
         while let Some(topic) = self.longest_waiting(&mut waiting, is_look).or_else(|| topics.next()) {
             // A topic may be here more than once: what was taken from it the first time is not there any more.
             if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() || topic.ended.get() {
@@ -142,12 +143,19 @@ impl<D: Disk> Writer<D> {
                 }
                 // Behind a chunk that is being written the tail would have to wait for it anyway.
                 Verdict::Tail if topic.in_flight.get() == 0 && !topic.tail_in_flight.get() => {
-                    tail.take(topic.unsafe_bytes());
-                    self.tail(&topic);
+                    let bytes = topic.unsafe_bytes();
+                    tail.take(bytes);
+                    packed.extend(self.pack_tail(&topic));
+                    packed_bytes += bytes;
+                    if limits::TAILS_AT_ONCE_BYTES <= packed_bytes {
+                        self.send_tails(std::mem::take(&mut packed));
+                        packed_bytes = 0;
+                    }
                 }
                 Verdict::Tail | Verdict::Wait => {}
             }
         }
+        self.send_tails(packed);
         waiting.append(&mut self.looks.held_up.borrow_mut());
         self.looks.held_up.replace(waiting);
         self.looks.keep_tail_rate(tail);
