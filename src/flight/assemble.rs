@@ -135,6 +135,10 @@ impl Assembler {
     pub(crate) fn add(&mut self, bytes: &[u8]) -> Result<(), Status> {
         self.left -= bytes.len();
         let bytes = self.fill_body(bytes)?;
+        let bytes = self.take_whole(bytes)?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let free = self.fields.capacity() - self.fields.len();
         if free < bytes.len() && FIELDS_DOUBLE_MAX < self.fields.len() {
             self.fields.reserve_exact(bytes.len() + self.left);
@@ -161,7 +165,7 @@ impl Assembler {
                 Next::Body(key, length) => {
                     let have = rest.len() - key;
                     if length > have.saturating_add(self.left) {
-                        return Err(invalid(format!("a body of {length} bytes in a message that ends before it")));
+                        return Err(body_too_long(length));
                     }
                     let begun = self.fields.split_off(self.whole).split_off(key);
                     self.body = Some(self.begin_body(length));
@@ -171,6 +175,32 @@ impl Assembler {
             }
         }
         Ok(())
+    }
+
+    /// Takes the fields in front that are there as a whole, and what there is of the body; returns the rest. Small
+    /// messages come in one piece: nothing of them is moved twice.
+    fn take_whole<'a>(&mut self, bytes: &'a [u8]) -> Result<&'a [u8], Status> {
+        if !self.fields.is_empty() || self.body.is_some() {
+            return Ok(bytes);
+        }
+        let mut whole = 0;
+        while let Some(rest) = bytes.get(whole..).filter(|rest| !rest.is_empty()) {
+            match next_field(rest)? {
+                Next::Field(length) if length <= rest.len() => whole += length,
+                Next::Body(key, length) => {
+                    if length > (rest.len() - key).saturating_add(self.left) {
+                        return Err(body_too_long(length));
+                    }
+                    let (fields, rest) = bytes.split_at(whole);
+                    self.fields.extend_from_slice(fields);
+                    self.whole = whole;
+                    self.body = Some(self.begin_body(length));
+                    return self.fill_body(rest.get(key..).unwrap_or(&[]));
+                }
+                Next::Field(_) | Next::More => break,
+            }
+        }
+        Ok(bytes)
     }
 
     /// A body of so many bytes, behind the whole fields that came so far.
@@ -231,6 +261,10 @@ impl Assembler {
         };
         Ok(Incoming { descriptor: fields.descriptor, header, body, sent })
     }
+}
+
+fn body_too_long(length: usize) -> Status {
+    invalid(format!("a body of {length} bytes in a message that ends before it"))
 }
 
 /// Finds out how far the first field goes.

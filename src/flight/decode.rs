@@ -2,8 +2,10 @@
 //!
 //! Guarantees: every length and offset is checked against the body before arrow-ipc sees it, and the
 //! memory a message asks for (uncompressed sizes, copies for alignment, dictionaries' values) is
-//! claimed before it is allocated. No copy of the body where alignment allows.
+//! claimed before it is allocated. No copy of the body where alignment allows. Plain columns are put together by
+//! [`columns`], all others by arrow-ipc.
 
+use crate::flight::columns;
 use crate::flight::status::invalid;
 use crate::ingest::admit::{Budget, Permit};
 use arrow::array::{Array, ArrayRef, AsArray, BufferSpec, RecordBatch, layout};
@@ -21,6 +23,8 @@ pub(crate) struct Decoder {
     schema: SchemaRef,
     /// The widest that one of its types wants.
     alignment: usize,
+    /// Whether [`columns`] reads all of its types: no dictionaries and no views.
+    is_plain: bool,
     dictionaries: HashMap<i64, ArrayRef>,
     /// What the dictionaries hold; several for one that grows by deltas.
     dictionary_permits: HashMap<i64, Vec<Permit>>,
@@ -41,6 +45,7 @@ impl Decoder {
     pub(crate) fn new(schema: SchemaRef, batch_memory_max: u64, budget: Budget) -> Self {
         let alignment = schema.fields().iter().map(|field| alignment_of(field.data_type())).max().unwrap_or(1);
         Self {
+            is_plain: columns::knows(&schema),
             schema,
             alignment,
             dictionaries: HashMap::new(),
@@ -48,6 +53,12 @@ impl Decoder {
             batch_memory_max,
             budget,
         }
+    }
+
+    /// The same by arrow-ipc alone: what the short way is compared with.
+    #[cfg(any(test, feature = "hostile"))]
+    pub(crate) fn by_arrow(self) -> Self {
+        Self { is_plain: false, ..self }
     }
 
     /// Checks and decodes one message that is not a schema. The body had `sent` bytes, of
@@ -67,7 +78,13 @@ impl Decoder {
                     .ok_or_else(|| invalid("the message header is not a record batch"))?;
                 let mut weight = check_layout(&batch, &body, sent, self.batch_memory_max)?;
                 // Most clients send all buffers so that each would fit any of the types: no need to find out what they are.
-                if batch.compression().is_none() && !all_aligned(self.alignment, &batch, &body) {
+                let is_compressed = batch.compression().is_some();
+                let is_aligned = is_compressed || all_aligned(self.alignment, &batch, &body);
+                if self.is_plain && is_aligned && !is_compressed {
+                    let rows = guarded(|| columns::read(&self.schema, &batch, &body))?;
+                    return Ok(Decoded::Batch(rows, None, permit));
+                }
+                if !is_aligned {
                     weight += badly_aligned_bytes(&self.schema, &batch, &body);
                 }
                 let version = message.version();

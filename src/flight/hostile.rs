@@ -5,6 +5,7 @@
 //! bound on memory is checked by the fuzz binaries, whose allocator counts (`fuzz/`).
 
 use crate::flight::assemble::Assembler;
+use crate::flight::columns;
 use crate::flight::decode::{Decoded, Decoder, schema};
 use crate::flight::dialect::Connection;
 use crate::flight::get::Ticket;
@@ -107,6 +108,7 @@ fn put(data: &[u8]) {
     let Ok(checked) = TopicSchema::check(wire) else { return };
     let budget = Budget::new(4 * BATCH_MEMORY_MAX);
     let mut decoder = Decoder::new(Arc::clone(&checked.wire), BATCH_MEMORY_MAX, budget.clone());
+    let mut by_arrow = Decoder::new(Arc::clone(&checked.wire), BATCH_MEMORY_MAX, budget.clone()).by_arrow();
     // Sixteen messages show what a stream's state can do.
     for _ in 0..16 {
         let (header, body) = (part(), part());
@@ -116,7 +118,20 @@ fn put(data: &[u8]) {
         let Some(permit) = budget.receive.try_claim(body.len() as u64) else { return };
         let smaller = hollow(&checked.wire, &header, &body);
         let sent = body.len();
-        let decoded = futures::executor::block_on(decoder.decode(&header, Buffer::from(body), sent, permit));
+        let body = Buffer::from(body);
+        if columns::knows(&checked.wire) {
+            let Some(permit) = budget.receive.try_claim(sent as u64) else { return };
+            let expected = futures::executor::block_on(by_arrow.decode(&header, body.clone(), sent, permit));
+            let Some(permit) = budget.receive.try_claim(sent as u64) else { return };
+            let found = futures::executor::block_on(decoder.decode(&header, body.clone(), sent, permit));
+            match (expected, found) {
+                (Ok(Decoded::Batch(expected, ..)), Ok(Decoded::Batch(found, ..))) => assert_eq!(expected, found),
+                (Ok(Decoded::Batch(..)), _) => panic!("refused, though arrow-ipc takes it"),
+                (_, Ok(Decoded::Batch(..))) => panic!("taken, though arrow-ipc refuses it"),
+                _ => {}
+            }
+        }
+        let decoded = futures::executor::block_on(decoder.decode(&header, body, sent, permit));
         if let (Some(smaller), Ok(Decoded::Batch(whole, ..))) = (smaller, &decoded) {
             let Ok((header, body)) = smaller else { panic!("refused, though its rows are whole") };
             let Some(permit) = budget.receive.try_claim(body.len() as u64) else { return };

@@ -8,6 +8,7 @@
 pub(crate) mod actions;
 pub(crate) mod assemble;
 pub(crate) mod client;
+pub(crate) mod columns;
 pub(crate) mod decode;
 pub(crate) mod dialect;
 pub(crate) mod get;

@@ -188,8 +188,9 @@ impl UploadBody {
         self.monitor.note_end(if self.end_stream && on_boundary { UploadEnd::Clean } else { UploadEnd::Broken });
     }
 
-    /// Takes header bytes from `pending`; a complete header starts the claim.
-    fn read_header(&mut self, have: usize) -> Result<(), Status> {
+    /// Takes header bytes from `pending`; a complete header starts the claim, and where nobody waits, the message.
+    /// Returns what tonic is to have of it.
+    fn read_header(&mut self, have: usize) -> Result<Option<Bytes>, Status> {
         let take = (HEADER_BYTES - have).min(self.pending.len());
         let bytes = self.pending.split_to(take);
         if let Some(into) = self.header.get_mut(have..have + take) {
@@ -197,7 +198,7 @@ impl UploadBody {
         }
         if have + take < HEADER_BYTES {
             self.state = State::Header { have: have + take };
-            return Ok(());
+            return Ok(None);
         }
         let [compressed, length @ ..] = self.header;
         let length = u64::from(u32::from_be_bytes(length));
@@ -209,10 +210,29 @@ impl UploadBody {
         }
         let weight = if compressed == 0 { length } else { limit.min(length.saturating_mul(DEFLATE_RATIO_MAX)) };
         let weight = weight + self.monitor.stream.get().map_or(0, |facts| facts.overhead);
+        if let Some(permit) = self.limits.pool.try_claim(weight) {
+            return Ok(self.begin(permit, Duration::ZERO, length));
+        }
         let pool = self.limits.pool.clone();
         let claim = Box::pin(async move { pool.claim(weight).await });
         self.state = State::Claim { claim, since: Instant::now(), length };
-        Ok(())
+        Ok(None)
+    }
+
+    /// Begins an admitted message of so many bytes; returns what tonic is to have of it.
+    fn begin(&mut self, permit: Permit, waited: Duration, length: u64) -> Option<Bytes> {
+        self.limits.stats.record(Station::Admit, waited);
+        self.restart_stall_clock();
+        if self.header.first() == Some(&0) {
+            let is_cold = limits::CACHED_BYTES < self.limits.pool.held();
+            let schema = self.monitor.stream.get().map(|facts| Arc::clone(&facts.schema));
+            let assembler = Assembler::new(usize::try_from(length).unwrap_or(usize::MAX), is_cold, schema);
+            self.state = State::Message { permit: Some(permit), assembler };
+            return None;
+        }
+        self.monitor.put(permit, None);
+        self.state = if length == 0 { State::Header { have: 0 } } else { State::Compressed { left: length } };
+        Some(Bytes::copy_from_slice(&self.header))
     }
 
     /// Hands on what is there; `Ok(None)`: more bytes are needed.
@@ -224,23 +244,16 @@ impl UploadBody {
                         return Poll::Ready(Ok(None));
                     }
                     let have = *have;
-                    self.read_header(have)?;
+                    if let Some(bytes) = self.read_header(have)? {
+                        return Poll::Ready(Ok(Some(bytes)));
+                    }
                 }
                 State::Claim { claim, since, length } => {
                     let permit = ready!(claim.as_mut().poll(cx));
-                    self.limits.stats.record(Station::Admit, since.elapsed());
-                    let left = *length;
-                    self.restart_stall_clock();
-                    if self.header.first() == Some(&0) {
-                        let is_cold = limits::CACHED_BYTES < self.limits.pool.held();
-                        let schema = self.monitor.stream.get().map(|facts| Arc::clone(&facts.schema));
-                        let assembler = Assembler::new(usize::try_from(left).unwrap_or(usize::MAX), is_cold, schema);
-                        self.state = State::Message { permit: Some(permit), assembler };
-                        continue;
+                    let (waited, length) = (since.elapsed(), *length);
+                    if let Some(bytes) = self.begin(permit, waited, length) {
+                        return Poll::Ready(Ok(Some(bytes)));
                     }
-                    self.monitor.put(permit, None);
-                    self.state = if left == 0 { State::Header { have: 0 } } else { State::Compressed { left } };
-                    return Poll::Ready(Ok(Some(Bytes::copy_from_slice(&self.header))));
                 }
                 State::Compressed { left } => {
                     if self.pending.is_empty() {

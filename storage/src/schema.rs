@@ -32,6 +32,8 @@ pub struct TopicSchema {
     pub leaves: usize,
     /// Whether the writer's schema has dictionaries.
     dictionaries: bool,
+    /// Whether the columns lie on disk in the types in which they come.
+    alike: bool,
 }
 
 impl TopicSchema {
@@ -95,15 +97,16 @@ impl TopicSchema {
             });
         }
         let dictionaries = wire.fields().iter().any(|field| has_dictionary(field.data_type()));
-        Ok(Self { stored: Arc::new(Schema::new(fields)), wire, time_column, leaves, dictionaries })
+        let alike = &fields == wire.fields();
+        Ok(Self { stored: Arc::new(Schema::new(fields)), wire, time_column, leaves, dictionaries, alike })
     }
 
-    /// A batch as it came, in the types of the files.
+    /// A batch as it came, in the types of the files; it may still have the metadata of the writer's schema.
     ///
     /// # Errors
     /// When a dictionary's values cannot be taken out.
     pub fn to_stored(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        retype_batch(batch, &self.stored)
+        if self.alike { Ok(batch.clone()) } else { retype_batch(batch, &self.stored) }
     }
 
     /// A batch from a file, in the writer's types.
