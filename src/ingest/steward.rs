@@ -11,8 +11,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use storage::catalog::keys::{self, Family};
-use storage::catalog::records::{DeletionRecord, SequenceRecord, SessionRecord, TopicRecord};
-use storage::catalog::skip::plan_fold;
+use storage::catalog::records::{DeletionRecord, SegmentRecord, SequenceRecord, SessionRecord, TopicRecord};
+use storage::catalog::skip::{Fold, plan_fold};
 use storage::catalog::{Catalog, Look, Txn};
 use storage::disk::{Disk, IoCounters};
 use storage::ids::{SequenceId, TopicNo};
@@ -151,7 +151,7 @@ pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, conte
                 }
             }
             Job::Fold { topic, reply } => {
-                let result = fold(&context, topic, true).await;
+                let result = fold(&context, topic).await;
                 reply.send(result).ok(); // As above.
             }
             Job::Settle { sequence, reply } => {
@@ -177,20 +177,31 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
         // Locked without a new segment: no footer can say so any more.
         note_lock(disk, context, topic).await?;
     }
-    context
-        .committer
-        .change(move |txn, _| {
-            // A topic deleted meanwhile gets no record back.
-            if txn.topic(no)?.is_some() {
-                for record in &sealed {
-                    txn.put(Family::Segments, keys::segment(no, record.no), record)?;
-                }
-            }
-            Ok::<_, StorageError>(())
-        })
-        .await?;
-    remove_uncommitted(disk, context, topic).await?;
-    fold(context, no, below.is_none_or(|below| below == u32::MAX)).await
+    let fold = fold_of(context, no, below.is_none_or(|below| below == u32::MAX), &sealed)?;
+    let files = recover::files_of(disk, context.data_dir(), topic).await?;
+    // One change, one sync: a thousand topics may end at once, and each of several would break up the groups in
+    // which their last chunks are committed.
+    let change = move |txn: &mut Txn<'_>, live: &mut Live| {
+        // A topic deleted meanwhile gets no record back.
+        if txn.topic(no)?.is_none() {
+            return Ok(None);
+        }
+        for record in &sealed {
+            txn.put(Family::Segments, keys::segment(no, record.no), record)?;
+        }
+        if let Some(fold) = fold {
+            txn.put_fold(fold)?;
+        }
+        let mut owned = records_if_quiet(txn, live, no)?;
+        if let Some(records) = &mut owned {
+            records.extend_from_slice(&sealed); // The change does not see what it writes.
+        }
+        Ok::<_, StorageError>(owned)
+    };
+    if let Some(records) = context.committer.change(change).await? {
+        recover::remove_uncommitted(disk, files, &records).await?;
+    }
+    Ok(())
 }
 
 /// The manifest says that a topic is locked, where no footer of it does.
@@ -205,14 +216,16 @@ async fn note_lock<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord) ->
 async fn remove_uncommitted<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord) -> Result<u64, StorageError> {
     let no = topic.no;
     let files = recover::files_of(disk, context.data_dir(), topic).await?;
-    let records = move |txn: &mut Txn<'_>, live: &mut Live| {
-        let quiet = !live.is_open(no) && txn.topic(no)?.is_some();
-        if quiet { Ok(Some(txn.segments(no)?)) } else { Ok::<_, StorageError>(None) }
-    };
-    match context.committer.change(records).await? {
+    match context.committer.change(move |txn, live| records_if_quiet(txn, live, no)).await? {
         Some(records) => recover::remove_uncommitted(disk, files, &records).await,
         None => Ok(0),
     }
+}
+
+/// The segments of a topic that nobody writes.
+fn records_if_quiet(txn: &Txn<'_>, live: &Live, no: TopicNo) -> Result<Option<Vec<SegmentRecord>>, StorageError> {
+    let quiet = !live.is_open(no) && txn.topic(no)?.is_some();
+    if quiet { Ok(Some(txn.segments(no)?)) } else { Ok(None) }
 }
 
 /// After a crash, before anything writes: chunks that are whole in the files and not in the catalog are
@@ -338,14 +351,24 @@ pub(crate) fn is_locked(sessions: &[SessionRecord]) -> bool {
     !sessions.is_empty() && sessions.iter().all(|session| session.completed_at_ns.is_some())
 }
 
-/// Packs what lies apart of a topic's index: whole blocks while it is written, the rest at its end.
-async fn fold(context: &Context, topic: TopicNo, everything: bool) -> Outcome {
-    let Some(ontology) = context.catalog.ontology_of(topic)? else {
-        return Ok(());
-    };
-    match plan_fold(&context.catalog, topic, &ontology, everything)? {
+/// Packs what lies apart of the index of a topic that is at rest.
+async fn fold(context: &Context, topic: TopicNo) -> Outcome {
+    match fold_of(context, topic, true, &[])? {
         Some(fold) => context.committer.change(move |txn, _| txn.put_fold(fold)).await,
         None => Ok(()),
+    }
+}
+
+/// What there is to pack of a topic's index: whole blocks while it is written, the rest at its end.
+fn fold_of(
+    context: &Context,
+    topic: TopicNo,
+    everything: bool,
+    sealed_now: &[SegmentRecord],
+) -> Result<Option<Fold>, StorageError> {
+    match context.catalog.ontology_of(topic)? {
+        Some(ontology) => plan_fold(&context.catalog, topic, &ontology, everything, sealed_now),
+        None => Ok(None),
     }
 }
 

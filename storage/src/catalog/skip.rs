@@ -6,7 +6,7 @@
 //! A block is columnar and read in place: 1,000,000 chunks are looked through in milliseconds.
 
 use super::keys::{self, Family};
-use super::records::BlockMark;
+use super::records::{BlockMark, SegmentRecord};
 use super::{Catalog, Look, Txn, View, failed};
 use crate::chunk::record::SkipRecord;
 use crate::chunk::stats::{Bounds, FieldStats};
@@ -243,15 +243,23 @@ pub struct Fold {
 }
 
 /// Packs what lies apart of a topic into blocks: whole ones only, or everything at its end. Only
-/// chunks of sealed segments, because sealing wants their statistics for the footer.
+/// chunks of sealed segments, because sealing wants their statistics for the footer; `sealed_now` are those whose
+/// records join the catalog together with the blocks.
 ///
 /// # Errors
 /// When the catalog cannot be read.
-pub fn plan_fold(look: &impl Look, topic: TopicNo, ontology: &Ontology, everything: bool) -> Result<Option<Fold>> {
+pub fn plan_fold(
+    look: &impl Look,
+    topic: TopicNo,
+    ontology: &Ontology,
+    everything: bool,
+    sealed_now: &[SegmentRecord],
+) -> Result<Option<Fold>> {
     let before = look.skip_blocks(topic)?;
     let packed: usize = before.iter().map(|mark| mark.chunks as usize).sum();
-    let sealed: Vec<u32> =
-        look.segments(topic)?.iter().filter(|segment| segment.sealed_length.is_some()).map(|s| s.no).collect();
+    let segments = look.segments(topic)?;
+    let sealed = segments.iter().filter(|segment| segment.sealed_length.is_some());
+    let sealed: Vec<u32> = sealed.chain(sealed_now).map(|segment| segment.no).collect();
     let chunks = look.chunks(topic)?;
     let ready: Vec<u64> = chunks
         .iter()
