@@ -43,6 +43,7 @@ fn weight_of(column: &dyn Array) -> usize {
         DataType::LargeUtf8 => bytes_of(column.as_string::<i64>()),
         DataType::LargeBinary => bytes_of(column.as_binary::<i64>()),
         DataType::Boolean => rows.div_ceil(8),
+        DataType::FixedSizeBinary(width) => rows * usize::try_from(*width).unwrap_or(0),
         data_type => match data_type.primitive_width() {
             Some(width) => rows * width,
             None => {
