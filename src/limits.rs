@@ -32,7 +32,8 @@ pub(crate) const DESCRIPTOR_BYTES_MAX: usize = 64 << 10;
 /// Items in the committer's lane, over all writers and life-cycle changes.
 pub(crate) const COMMIT_LANE_DEPTH: usize = 4096;
 
-/// Tail runs go to the committer together, until they have so many data bytes: an entry of a group is not cut.
+/// Tail runs go to the committer together, until they have so many bytes, data or encoded: an entry of a group is not
+/// cut.
 pub(crate) const TAILS_AT_ONCE_BYTES: u64 = 1 << 20;
 
 /// So much after the beginning of a group the committer waits for others to join the next, at most; see `spacing`.

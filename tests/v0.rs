@@ -5,6 +5,7 @@ use crate::harness::{
     put_descriptor, run, times,
 };
 use arrow_flight::FlightDescriptor;
+use arrow_flight::utils::batches_to_flight_data;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use tonic::Code;
@@ -144,6 +145,35 @@ fn empty_sequences_empty_topics_and_zero_row_batches_are_fine() {
         assert!(get(&mut client, "quiet/silent").await.expect("get").is_empty());
         assert_eq!(times(&get(&mut client, "quiet/hollow").await.expect("get")), [0, 1, 2]);
         assert!(server.data().join("browse/quiet/silent/000000.parquet").is_file());
+    });
+}
+
+#[test]
+fn a_batch_without_rows_that_comes_alone_is_acknowledged_and_the_upload_goes_on() {
+    run(async {
+        let server = Server::start(&[]);
+        let mut client = server.client().await;
+        let key = create_sequence(&mut client, "sparse").await;
+        let topic = create_topic(&mut client, &key, "sparse/events", "default").await;
+        let (more, messages) = tokio::sync::mpsc::channel(4);
+        let messages = tokio_stream::wrappers::ReceiverStream::new(messages);
+        // arrow-flight's own stream passes over batches without rows.
+        let batches = [(0, 0), (0, 3), (3, 0), (3, 2)].map(|(first, rows)| blob_batch(first, rows, 10));
+        let sent = batches_to_flight_data(&batches[0].schema(), &batches).expect("messages");
+        let mut sent = sent.into_iter();
+        let first = sent.next().expect("a schema").with_descriptor(put_descriptor("sparse/events", &topic));
+        more.send(first).await.expect("sent");
+        let mut results = client.clone().do_put(messages).await.expect("put").into_inner();
+        // Each is durable before the next one is sent: in the tail each is a run of its own.
+        for (number, message) in sent.enumerate() {
+            more.send(message).await.expect("sent");
+            let mark = results.message().await.expect("a watermark").expect("one");
+            let mark: Value = serde_json::from_slice(&mark.app_metadata).expect("JSON");
+            assert_eq!(mark["batches"], number + 1);
+        }
+        drop(more);
+        while results.message().await.expect("a clean end").is_some() {}
+        assert_eq!(times(&get(&mut client, "sparse/events").await.expect("get")), [0, 1, 2, 3, 4]);
     });
 }
 

@@ -421,9 +421,8 @@ impl Committer {
             match entry {
                 Applied::Change(_, Some(acknowledge)) => acknowledge(&Err(cause.clone())),
                 Applied::Change(_, None) => {}
-                Applied::Data(entry, Err(error), _) => answer(entry.item, Err(error)),
-                // Also the runs that were refused: nobody was told.
-                Applied::Data(entry, Ok(()), _) | Applied::Tails(entry, _) => {
+                // Also what was refused: nobody was told, and the deletion that refused it may not have happened.
+                Applied::Data(entry, ..) | Applied::Tails(entry, _) => {
                     again.push_back(Entry { again: true, ..entry });
                 }
             }

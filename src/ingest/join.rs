@@ -13,11 +13,14 @@ use arrow::datatypes::{DataType, SchemaRef};
 use arrow::error::ArrowError;
 use std::sync::Arc;
 
-/// The rows of all batches, which have the columns of the schema.
+/// The rows of all batches, which have the columns of the schema; of none, no rows.
 ///
 /// # Errors
 /// When they do not, or offsets overflow their type.
 pub(super) fn join(schema: &SchemaRef, batches: &[RecordBatch]) -> Result<RecordBatch, ArrowError> {
+    if batches.is_empty() {
+        return Ok(RecordBatch::new_empty(Arc::clone(schema)));
+    }
     let mut pieces = Vec::with_capacity(batches.len());
     let mut columns = Vec::with_capacity(schema.fields().len());
     for index in 0..schema.fields().len() {
@@ -91,6 +94,8 @@ mod tests {
             pieces(&[(3, 7), (20, 1), (0, 2)]),
             pieces(&[(1, 1), (2, 1), (11, 1), (16, 1)]),
             pieces(&[(4, 0), (7, 1)]),
+            pieces(&[(4, 0)]),
+            pieces(&[]),
         ] {
             let joined = join(&rows.schema(), &pieces).expect("joined");
             assert_eq!(joined, concat_batches(&rows.schema(), &pieces).expect("rows"));

@@ -177,8 +177,10 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
         // Locked without a new segment: no footer can say so any more.
         note_lock(disk, context, topic).await?;
     }
-    let fold = fold_of(context, no, below.is_none_or(|below| below == u32::MAX), &sealed)?;
-    let files = recover::files_of(disk, context.data_dir(), topic).await?;
+    // The seal is recorded whatever becomes of the rest: its footer is in the file.
+    let fold = fold_of(context, no, below.is_none_or(|below| below == u32::MAX), &sealed);
+    let (fold, packed) = fold.map_or_else(|error| (None, Err(error)), |fold| (fold, Ok(())));
+    let files = recover::files_of(disk, context.data_dir(), topic).await;
     // One change, one sync: a thousand topics may end at once, and each of several would break up the groups in
     // which their last chunks are committed.
     let change = move |txn: &mut Txn<'_>, live: &mut Live| {
@@ -199,9 +201,9 @@ async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: 
         Ok::<_, StorageError>(owned)
     };
     if let Some(records) = context.committer.change(change).await? {
-        recover::remove_uncommitted(disk, files, &records).await?;
+        recover::remove_uncommitted(disk, files?, &records).await?;
     }
-    Ok(())
+    packed
 }
 
 /// The manifest says that a topic is locked, where no footer of it does.

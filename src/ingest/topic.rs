@@ -26,7 +26,7 @@ use tokio::task::JoinHandle;
 
 /// One batch, checked and decoded, with what was found out about it on the way.
 pub(crate) struct Batch {
-    /// In the stored schema.
+    /// With the columns of the stored schema; the metadata may be the writer's.
     pub(crate) rows: RecordBatch,
     pub(crate) mark: BatchMark,
     pub(crate) data_bytes: u64,

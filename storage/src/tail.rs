@@ -70,6 +70,11 @@ impl TailRun {
         })
     }
 
+    /// What its rows take in a value, in bytes.
+    pub fn encoded_bytes(&self) -> u64 {
+        (self.header.len() + self.body.len()) as u64
+    }
+
     /// Last batch number, exclusive.
     pub fn end_batch(&self) -> u64 {
         self.first_batch + self.marks.len() as u64

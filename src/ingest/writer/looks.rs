@@ -145,8 +145,10 @@ impl<D: Disk> Writer<D> {
                 Verdict::Tail if topic.in_flight.get() == 0 && !topic.tail_in_flight.get() => {
                     let bytes = topic.unsafe_bytes();
                     tail.take(bytes);
-                    packed.extend(self.pack_tail(&topic));
-                    packed_bytes += bytes;
+                    if let Some(one) = self.pack_tail(&topic) {
+                        packed_bytes += bytes.max(one.run.encoded_bytes());
+                        packed.push(one);
+                    }
                     if limits::TAILS_AT_ONCE_BYTES <= packed_bytes {
                         self.send_tails(std::mem::take(&mut packed));
                         packed_bytes = 0;
