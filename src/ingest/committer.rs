@@ -647,7 +647,11 @@ fn write_end(txn: &mut Txn<'_>, topic: TopicNo, totals: &TopicTotals, end: Optio
 mod tests {
     use super::*;
     use crate::samples::every_type;
-    use storage::chunk::BatchMark;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use storage::catalog::records::TopicRecord;
+    use storage::catalog::{Fate, Simulated};
+    use storage::chunk::{BatchMark, Format};
+    use storage::ids::{SequenceId, SessionId, TopicId};
 
     fn run_of(first_batch: u64) -> TailRun {
         let rows = every_type(2);
@@ -688,5 +692,58 @@ mod tests {
         assert_eq!((tail(first), tail(second), tail(TopicNo(3))), (1, 1, 0));
         drop(committer);
         thread.join().expect("ended");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_end_that_a_lost_deletion_refused_is_tried_again_and_closes_the_topic() {
+        let no = TopicNo(1);
+        let topic = TopicRecord {
+            no,
+            id: TopicId::random(),
+            sequence: SequenceId::random(),
+            session: SessionId::random(),
+            locator: "drive/imu".to_owned(),
+            ontology_tag: "imu".to_owned(),
+            format: Format::Default,
+            user_metadata: "{}".to_owned(),
+            created_at_ns: 0,
+            completed_at_ns: None,
+        };
+        // The first commit makes the topic, the second is lost.
+        let commits = AtomicU32::new(0);
+        let fate = move || if commits.fetch_add(1, Ordering::Relaxed) == 1 { Fate::Lost } else { Fate::Done };
+        let folder = tempfile::tempdir().expect("a folder");
+        let simulated = Simulated { fate: Some(Box::new(fate)), ..Simulated::default() };
+        let catalog = Catalog::open_small(folder.path(), simulated).expect("a catalog");
+        let (committer, lane) = pair();
+        let (stats, health) = (Arc::new(Stats::default()), Arc::new(Health::default()));
+        let committing = run(catalog, lane, Duration::ZERO, stats, health);
+        let (watermark, _mark) = watch::channel(Watermark::default());
+        let uploading = async {
+            let open = committer.change(move |txn, live| {
+                live.open(no, Arc::new(watermark), TopicTotals::default(), 0);
+                txn.put_topic(&topic)
+            });
+            open.await.expect("opened");
+            // In one group: both are queued before the committer runs again.
+            let delete = committer.change(move |txn, live| {
+                live.close(no);
+                txn.delete(Family::Topics, keys::topic(no));
+                Ok::<_, StorageError>(())
+            });
+            let end = async {
+                let (reply, answer) = oneshot::channel();
+                committer.end(no, End::Leave, reply).await.expect("queued");
+                answer.await.expect("answered")
+            };
+            let (deleted, ended) = tokio::join!(delete, end);
+            assert!(deleted.is_err(), "its outcome is unknown");
+            assert!(ended.is_ok(), "{ended:?}");
+            committer.change(move |_, live| Ok::<_, StorageError>(live.is_open(no))).await.expect("asked")
+        };
+        tokio::select! {
+            is_open = uploading => assert!(!is_open),
+            () = committing => unreachable!("handles are there"),
+        }
     }
 }
