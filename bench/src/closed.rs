@@ -130,6 +130,17 @@ pub(crate) enum Speaks {
     PutOnly,
 }
 
+/// A load whose recording and topics are made, and whose messages are encoded: all that is left is to send them.
+pub(crate) struct Ready {
+    client: server::Client,
+    key: String,
+    connection: Connection,
+    uploads: Vec<(FlightData, Vec<Prepared>, u64)>,
+    wire_bytes: u64,
+    data_bytes: u64,
+    speaks: Speaks,
+}
+
 /// Sends until all is through.
 pub(crate) async fn run(
     server: &Server,
@@ -137,13 +148,17 @@ pub(crate) async fn run(
     load: Closed,
     scratch: &Path,
 ) -> Result<Outcome, Box<dyn Error>> {
+    prepare(server, speaks, load).await?.run(server, scratch).await
+}
+
+/// Everything before the first byte: not measured.
+pub(crate) async fn prepare(server: &Server, speaks: Speaks, load: Closed) -> Result<Ready, Box<dyn Error>> {
     let mut client = connect(&server.address).await?;
     let key = match speaks {
         Speaks::Flightbox => create_sequence(&mut client, "bench").await?,
         Speaks::PutOnly => String::new(),
     };
     let connection = Connection::open(&server.address).await.map_err(|error| error.to_string())?;
-    let sent = Arc::new(AtomicU64::new(0));
     let mut uploads = Vec::new();
     let (mut wire_bytes, mut data_bytes) = (0, 0);
     for index in 0..load.streams {
@@ -161,47 +176,56 @@ pub(crate) async fn run(
         });
         uploads.push((first, messages, count));
     }
-    let device = DiskCounter::of(scratch)?;
-    let (cpu_before, written_before) = (server.cpu_s()?, written(speaks, &mut client).await?.0);
-    let started = Instant::now();
-    let tasks: Vec<_> = uploads
-        .into_iter()
-        .map(|(first, messages, count)| {
-            let (connection, sent) = (connection.clone(), Arc::clone(&sent));
-            tokio::spawn(async move {
-                let sent = put_while(&connection, &first, &messages, |number| number < count, &sent).await;
-                sent.map_err(|error| error.to_string())
+    Ok(Ready { client, key, connection, uploads, wire_bytes, data_bytes, speaks })
+}
+
+impl Ready {
+    /// Sends until all is through, and measures it.
+    pub(crate) async fn run(self, server: &Server, scratch: &Path) -> Result<Outcome, Box<dyn Error>> {
+        let Self { mut client, key, connection, uploads, wire_bytes, data_bytes, speaks } = self;
+        let sent = Arc::new(AtomicU64::new(0));
+        let device = DiskCounter::of(scratch)?;
+        let (cpu_before, written_before) = (server.cpu_s()?, written(speaks, &mut client).await?.0);
+        let started = Instant::now();
+        let tasks: Vec<_> = uploads
+            .into_iter()
+            .map(|(first, messages, count)| {
+                let (connection, sent) = (connection.clone(), Arc::clone(&sent));
+                tokio::spawn(async move {
+                    let sent = put_while(&connection, &first, &messages, |number| number < count, &sent).await;
+                    sent.map_err(|error| error.to_string())
+                })
             })
-        })
-        .collect();
-    let watching = tokio::spawn(async move {
-        let mut over_time = Vec::new();
-        loop {
-            tokio::time::sleep(LOOK).await;
-            over_time.push((started.elapsed().as_secs_f64(), sent.load(Ordering::Relaxed)));
-            if Arc::strong_count(&sent) == 1 {
-                return over_time;
+            .collect();
+        let watching = tokio::spawn(async move {
+            let mut over_time = Vec::new();
+            loop {
+                tokio::time::sleep(LOOK).await;
+                over_time.push((started.elapsed().as_secs_f64(), sent.load(Ordering::Relaxed)));
+                if Arc::strong_count(&sent) == 1 {
+                    return over_time;
+                }
             }
+        });
+        for task in tasks {
+            task.await??;
         }
-    });
-    for task in tasks {
-        task.await??;
+        let seconds = started.elapsed().as_secs_f64();
+        let cpu_s = server.cpu_s()? - cpu_before;
+        let (written_after, info) = written(speaks, &mut client).await?;
+        Ok(Outcome {
+            seconds,
+            wire_bytes,
+            data_bytes,
+            cpu_s,
+            peak_bytes: server.memory()?.1,
+            written_bytes: written_after - written_before,
+            device_bytes: device.written_since()?,
+            info,
+            key,
+            over_time: watching.await?,
+        })
     }
-    let seconds = started.elapsed().as_secs_f64();
-    let cpu_s = server.cpu_s()? - cpu_before;
-    let (written_after, info) = written(speaks, &mut client).await?;
-    Ok(Outcome {
-        seconds,
-        wire_bytes,
-        data_bytes,
-        cpu_s,
-        peak_bytes: server.memory()?.1,
-        written_bytes: written_after - written_before,
-        device_bytes: device.written_since()?,
-        info,
-        key,
-        over_time: watching.await?,
-    })
 }
 
 async fn written(speaks: Speaks, client: &mut server::Client) -> Result<(u64, Value), Box<dyn Error>> {

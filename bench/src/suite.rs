@@ -182,8 +182,9 @@ impl Suite {
         let folder = tempfile::tempdir_in(&self.scratch)?;
         let server = Server::start(&self.program, folder.path(), flags)?;
         rest();
+        let ready = self.runtime.block_on(closed::prepare(&server, Speaks::Flightbox, load))?;
         let recorder = self.perf(&server, name, as_what)?;
-        let outcome = self.runtime.block_on(closed::run(&server, Speaks::Flightbox, load, &self.scratch))?;
+        let outcome = self.runtime.block_on(ready.run(&server, &self.scratch))?;
         drop(recorder);
         self.note(pass, name, as_what, outcome);
         Ok(())
@@ -581,6 +582,9 @@ async fn create_times(connection: &Connection, name: &str, time: Duration) -> Re
     Ok(times)
 }
 
+/// Until perf samples.
+const ATTACHING: Duration = Duration::from_millis(300);
+
 /// perf at work; ended, and its stacks written as a flame graph, when dropped.
 struct Recorder {
     child: std::process::Child,
@@ -596,6 +600,7 @@ impl Recorder {
             .stderr(std::process::Stdio::null())
             .spawn()
             .map_err(|error| format!("perf: {error}; install it (apt-get install linux-perf)"))?;
+        std::thread::park_timeout(ATTACHING);
         Ok(Self { child, data })
     }
 }
