@@ -9,7 +9,7 @@ use crate::flight::server::Listeners;
 use crate::flight::service::Shared;
 use crate::folder::{FORMAT_VERSION, Opened};
 use crate::health::Health;
-use crate::ingest::admit::Budget;
+use crate::ingest::admit::{Budget, Permit};
 use crate::ingest::committer::{self, CommitHandle};
 use crate::ingest::lane::{Receiver, lane};
 use crate::ingest::steward::{self, StewardHandle};
@@ -296,6 +296,7 @@ fn start_steward(
         volumes: Arc::clone(volumes),
         counters: Arc::clone(counters),
         health: Arc::clone(health),
+        manifests: tokio::sync::Mutex::default(),
     };
     let thread = on_disk("fb-steward", disk, Buffers::of(RING_BUFFERS_PER_SERVICE), StewardBody { jobs, context })?;
     Ok((handle, thread))
@@ -405,17 +406,20 @@ fn log_summary(stats: &Stats) {
 
 /// Takes memory for uploads once and gives it back to the allocator, which keeps it: to meet a page for the first
 /// time costs more than to copy it three times, and stalls of that length in the middle of a recording (PERF.md).
-/// Runs beside everything else, within the budget.
+/// Runs beside everything else, within what uploads may hold.
 fn touch_memory(shared: &Arc<Shared>) -> io::Result<()> {
     let (budget, bytes) = (shared.budget.clone(), shared.config.touch_memory_bytes);
     let touch = move || {
-        let mut blocks = Vec::new();
-        for _ in 0..bytes / limits::TOUCH_BLOCK_BYTES as u64 {
-            // Uploads that came meanwhile touch what they need by themselves.
-            let block = limits::TOUCH_BLOCK_BYTES as u64;
-            let Some(permit) = budget.receive.try_claim(block).or_else(|| budget.decode.try_claim(block)) else {
+        let block = limits::TOUCH_BLOCK_BYTES as u64;
+        let (mut blocks, mut claimed) = (Vec::new(), 0);
+        for _ in 0..bytes / block {
+            let permit = budget.receive.try_claim(block).or_else(|| budget.decode.try_claim(block));
+            claimed += permit.as_ref().map_or(0, Permit::bytes);
+            // Uploads that came meanwhile touch what they need by themselves. Nobody else has what is beyond the two
+            // pools: dictionaries and windows are uploads' too.
+            if claimed < budget.held() {
                 break;
-            };
+            }
             // A page of zeros would not be taken before somebody writes to it.
             blocks.push((vec![1_u8; limits::TOUCH_BLOCK_BYTES], permit));
         }

@@ -10,8 +10,9 @@ pub(crate) const SMALL_MESSAGE_BYTES: u64 = 256 << 10;
 /// Memory budget for each core, if nothing is set: half a second of what a core takes in.
 pub(crate) const BUDGET_BYTES_PER_CORE: u64 = 512 << 20;
 
-/// Memory is touched at start in blocks of this size: about a large message.
-pub(crate) const TOUCH_BLOCK_BYTES: usize = 8 << 20;
+/// Memory is touched at start in blocks of this size: with what mimalloc adds, sixteen of them fill one of its regions
+/// of 32 MiB. Of 8 MiB only three go into one, and the last quarter of each is met for the first time under load.
+pub(crate) const TOUCH_BLOCK_BYTES: usize = (2 << 20) - (4 << 10);
 
 /// Heap that one array node of a batch costs beyond its data, in bytes.
 /// Measured: an IMU row of 220 data bytes and 50 nodes is 8.6 KB on the heap.
@@ -38,6 +39,11 @@ pub(crate) const TAILS_AT_ONCE_BYTES: u64 = 1 << 20;
 
 /// So much after the beginning of a group the committer waits for others to join the next, at most; see `spacing`.
 pub(crate) const COMMIT_SPACING_MAX: Duration = Duration::from_millis(8);
+
+/// Changes and ends in one group that are a crowd: the next waits for others as well, see `urgent_spacing`.
+pub(crate) const COMMIT_CROWD: usize = 4;
+/// So much after the beginning of a group the committer waits for a crowd: a sync or a few.
+pub(crate) const COMMIT_CROWD_SPACING: Duration = Duration::from_millis(2);
 
 /// Most bytes in one grouped commit. Larger groups would delay every acknowledgement in them.
 pub(crate) const COMMIT_GROUP_BYTES_MAX: usize = 16 << 20;
@@ -129,6 +135,9 @@ pub(crate) const API_KEYS_MAX: usize = 1000;
 
 /// Longest description of a layer or key, in bytes.
 pub(crate) const DESCRIPTION_BYTES_MAX: usize = 4 << 10;
+
+/// Topics whose segments are sealed side by side: twice the ring buffers that the steward has for their footers.
+pub(crate) const SEALS_AT_ONCE: usize = 2 * storage::limits::RING_BUFFERS_PER_SERVICE;
 
 /// Jobs waiting for the reader or the steward thread.
 pub(crate) const SERVICE_LANE_DEPTH: usize = 1024;

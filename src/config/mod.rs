@@ -105,10 +105,12 @@ impl Config {
             _ => u32::try_from(at_least("stream_window", size(raw.get("stream_window"))?, 64 << 10, "64KiB")?)
                 .map_err(|_| refuse(raw.get("stream_window"), "must be less than 2GiB"))?,
         };
+        // What HTTP/2 has read of other messages.
+        let windows_bytes = u64::from(streams_max) * u64::from(stream_window_bytes);
         let touch_memory_bytes = match raw.get("touch_memory").text.as_str() {
-            // What received messages may hold, and what decoding adds to them.
-            "auto" => memory_budget_bytes - memory_budget_bytes / 8,
-            _ => size(raw.get("touch_memory"))?.min(memory_budget_bytes),
+            // On a small machine the windows of all streams would be more than everything else.
+            "auto" => memory_budget_bytes.saturating_add(windows_bytes.min(memory_budget_bytes / 4)),
+            _ => size(raw.get("touch_memory"))?.min(memory_budget_bytes.saturating_add(windows_bytes)),
         };
         let data_dirs = folders(raw.get("data_dirs"))?;
         let writers = match raw.get("writers").text.as_str() {
@@ -293,7 +295,7 @@ mod tests {
         assert_eq!(config.memory_budget_bytes, 2 << 30);
         assert_eq!(config.writers, 4);
         assert_eq!(config.front_threads, 4);
-        assert_eq!(config.touch_memory_bytes, 7 << 28);
+        assert_eq!(config.touch_memory_bytes, (2 << 30) + (256 << 20));
         assert_eq!(config.stream_window_bytes, 256 << 10);
     }
 
