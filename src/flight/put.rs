@@ -188,7 +188,7 @@ impl Ingest {
         let schema = TopicSchema::check(wire).map_err(|error| of_storage(&error))?;
         let overhead = limits::NODE_OVERHEAD_BYTES * node_count(&schema.wire) as u64;
         self.monitor.set_stream(StreamFacts { schema: Arc::clone(&schema.wire), overhead });
-        Ok(self.shared.lifecycle.open_upload(locator, key, Arc::new(schema), resume_from).await?)
+        Ok(self.shared.lifecycle.open_upload(locator, key, schema, resume_from).await?)
     }
 
     fn ends(&self, upload: &Upload) -> Ends {

@@ -180,6 +180,17 @@ enum Item {
     Change(Change),
 }
 
+impl Item {
+    /// Whether it may wait for others: it has a commit interval to become durable.
+    fn has_time(&self) -> bool {
+        match self {
+            Self::Chunk(commit) => commit.end.is_none(),
+            Self::Tails { .. } => true,
+            Self::End { .. } | Self::Change(_) => false,
+        }
+    }
+}
+
 /// Entry with the time it was queued.
 pub(crate) struct Entry {
     item: Item,
@@ -204,12 +215,8 @@ pub(crate) struct CommitHandle {
 
 impl CommitHandle {
     async fn send(&self, item: Item) -> Outcome {
-        let (has_time, is_small) = match &item {
-            Item::Chunk(commit) => (commit.end.is_none(), commit.end.is_some()),
-            Item::Tails { .. } => (true, true),
-            Item::End { .. } | Item::Change(_) => (false, true),
-        };
-        if is_small {
+        let has_time = item.has_time();
+        if !has_time || matches!(item, Item::Tails { .. }) {
             self.depth.small_write();
         }
         let entry = Entry { item, queued: Instant::now(), again: false };
@@ -283,6 +290,12 @@ pub(crate) fn spacing(commit_interval: Duration) -> Duration {
     limits::COMMIT_SPACING_MAX.min(commit_interval / 6)
 }
 
+/// The same for changes and ends, when so many were in the last group: where hundreds of uploads begin or end at once,
+/// others come in the meantime. Whoever asks alone, one after another, waits for nobody.
+fn urgent_spacing(urgent_in_last: usize) -> Duration {
+    if limits::COMMIT_CROWD <= urgent_in_last { limits::COMMIT_CROWD_SPACING } else { Duration::ZERO }
+}
+
 /// Starts the committer thread. It ends when all handles are gone.
 pub(crate) fn start(
     catalog: Catalog,
@@ -313,21 +326,34 @@ pub(crate) async fn run(
     health: Arc<Health>,
 ) {
     let live = Live::default();
-    let mut committer =
-        Committer { catalog, lane, stats, health, live, was_full: false, failures: 0, corruptions: 0, dead: None };
+    let mut committer = Committer {
+        catalog,
+        lane,
+        stats,
+        health,
+        live,
+        was_full: false,
+        urgent: 0,
+        failures: 0,
+        corruptions: 0,
+        dead: None,
+    };
     let mut held = VecDeque::new();
     let mut earliest = tokio::time::Instant::now();
+    let mut urgent_earliest = earliest;
     while !held.is_empty() || committer.something_came().await {
         // Cancel-safety: neither takes anything.
         tokio::select! {
             biased;
-            () = committer.lane.urged() => {}
+            () = committer.lane.urged() => tokio::time::sleep_until(earliest.min(urgent_earliest)).await,
             () = tokio::time::sleep_until(earliest) => {}
         }
-        earliest = tokio::time::Instant::now() + spacing;
+        let began = tokio::time::Instant::now();
+        earliest = began + spacing;
         held = committer.commit_group(held).await;
+        urgent_earliest = began + urgent_spacing(committer.urgent);
         if committer.was_full {
-            earliest = tokio::time::Instant::now();
+            earliest = began;
         }
     }
 }
@@ -340,6 +366,8 @@ struct Committer {
     live: Live,
     /// The last group took no more: whoever has no time may be behind it.
     was_full: bool,
+    /// Entries of the last group that had no time.
+    urgent: usize,
     /// Commits that failed since one went well.
     failures: u32,
     /// Commits that failed by corruption, ever: one that goes well between them heals nothing.
@@ -366,13 +394,14 @@ impl Committer {
             return VecDeque::new();
         }
         let mut applied = Vec::new();
-        self.was_full = false;
+        (self.was_full, self.urgent) = (false, 0);
         self.lane.takes_notice();
         let outcome = match self.catalog.group() {
             Ok(mut group) => {
                 while group.size_bytes() < limits::COMMIT_GROUP_BYTES_MAX
                     && let Some(entry) = held.pop_front().or_else(|| self.lane.try_recv())
                 {
+                    self.urgent += usize::from(!entry.item.has_time());
                     applied.push(apply(&mut group, &mut self.live, entry, &self.stats));
                 }
                 self.was_full = limits::COMMIT_GROUP_BYTES_MAX <= group.size_bytes();
@@ -577,6 +606,7 @@ fn apply_chunk(group: &mut Group, live: &mut Live, commit: &ChunkCommit, again: 
     if record.first_batch != state.totals.chunk_batches {
         return Err(out_of_order(topic, record.first_batch, state.totals.chunk_batches));
     }
+    let has_tail = state.totals.chunk_batches < state.totals.batches;
     let mut totals = state.totals;
     totals.chunks += 1;
     totals.chunk_batches = record.end_batch;
@@ -588,7 +618,7 @@ fn apply_chunk(group: &mut Group, live: &mut Live, commit: &ChunkCommit, again: 
     let chunk_data_bytes = state.chunk_data_bytes + record.data_bytes;
     totals.data_bytes = chunk_data_bytes;
     group.change(|txn| {
-        txn.put_chunk(topic, record, skip)?;
+        txn.put_chunk(topic, record, skip, has_tail)?;
         // A chunk that was written again may lie behind one that is committed after it: the end of a
         // segment never moves back, or a footer would be written over an acknowledged chunk.
         let key = keys::segment(topic, segment.no);
@@ -692,6 +722,35 @@ mod tests {
         assert_eq!((tail(first), tail(second), tail(TopicNo(3))), (1, 1, 0));
         drop(committer);
         thread.join().expect("ended");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_crowd_of_changes_the_next_waits_for_others_and_one_alone_waits_for_nobody() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let catalog = Catalog::open_small(folder.path(), Simulated::default()).expect("a catalog");
+        let (committer, lane) = pair();
+        let (stats, health) = (Arc::new(Stats::default()), Arc::new(Health::default()));
+        let committing = run(catalog, lane, limits::COMMIT_SPACING_MAX, stats, health);
+        let (crowd, spacing) = (limits::COMMIT_CROWD, limits::COMMIT_CROWD_SPACING);
+        let changing = async {
+            for (changes, waits) in [
+                (crowd - 1, Duration::ZERO),
+                (1, Duration::ZERO),
+                (crowd, Duration::ZERO),
+                (1, spacing),
+                (1, Duration::ZERO),
+            ] {
+                let asked = tokio::time::Instant::now();
+                let change = |_| committer.change(|_, _| Ok::<_, StorageError>(()));
+                futures::future::try_join_all((0..changes).map(change)).await.expect("changed");
+                let waited = asked.elapsed();
+                assert!((waits..waits + spacing).contains(&waited), "{changes}: {waited:?} instead of {waits:?}");
+            }
+        };
+        tokio::select! {
+            () = changing => {}
+            () = committing => unreachable!("handles are there"),
+        }
     }
 
     #[tokio::test(start_paused = true)]

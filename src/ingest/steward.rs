@@ -7,6 +7,7 @@
 use crate::health::Health;
 use crate::ingest::committer::{CommitHandle, Live};
 use crate::limits;
+use futures::future::join_all;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use storage::ids::{SequenceId, TopicNo};
 use storage::recover::{self, TopicReceipt};
 use storage::volumes::{Orphan, OrphanKind, Volumes};
 use storage::{StorageError, found, manifest, segment};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot};
 
 type Outcome = Result<(), StorageError>;
 
@@ -29,13 +30,19 @@ pub(crate) enum Job {
     /// Remove what no record owns.
     Orphans { unsettled: Vec<SequenceRecord>, reply: oneshot::Sender<Result<Vec<PathBuf>, StorageError>> },
     /// Seal a topic's segments below a number, or all.
-    Seal { topic: Box<TopicRecord>, below: Option<u32>, reply: Option<oneshot::Sender<Outcome>> },
+    Seal(Seal),
     /// Pack the index of a topic that is not being written.
     Fold { topic: TopicNo, reply: oneshot::Sender<Outcome> },
     /// Make manifest and readable names of a locked sequence.
     Settle { sequence: Box<SequenceRecord>, reply: oneshot::Sender<Outcome> },
     /// Remove the folders of a deletion, then its record.
     Remove { ticket: [u8; 16], folders: Vec<String>, reply: oneshot::Sender<Outcome> },
+}
+
+/// What [`Job::Seal`] asks for. Nobody waits for it; a later job may rely on it.
+pub(crate) struct Seal {
+    topic: Box<TopicRecord>,
+    below: Option<u32>,
 }
 
 /// The way to the steward.
@@ -54,7 +61,7 @@ impl StewardHandle {
     /// Asks for a seal without waiting for it.
     pub(crate) async fn seal(&self, topic: TopicRecord, below: Option<u32>) {
         // A steward that stopped leaves the segment open; recovery seals it.
-        self.jobs.send(Job::Seal { topic: Box::new(topic), below, reply: None }).await.ok();
+        self.jobs.send(Job::Seal(Seal { topic: Box::new(topic), below })).await.ok();
     }
 
     /// Brings what a crash left of a topic to rest, and waits.
@@ -101,6 +108,8 @@ pub(crate) struct Context {
     pub(crate) volumes: Arc<Volumes>,
     pub(crate) counters: Arc<IoCounters>,
     pub(crate) health: Arc<Health>,
+    /// Held by the seal that writes a manifest.
+    pub(crate) manifests: Mutex<()>,
 }
 
 impl Context {
@@ -122,9 +131,10 @@ impl Context {
     }
 }
 
-/// Does jobs one after another until all handles are gone.
+/// Does jobs one after another until all handles are gone; seals that wait behind each other side by side.
 pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, context: Context) {
-    while let Some(job) = jobs.recv().await {
+    let mut next = None;
+    while let Some(job) = take_or_recv(&mut next, &mut jobs).await {
         match job {
             Job::Recover { topic, reply } => {
                 let result = recover_topic(&disk, &context, *topic).await;
@@ -134,21 +144,10 @@ pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, conte
                 let result = remove_orphans(&disk, &context, &unsettled).await;
                 reply.send(result).ok(); // As above.
             }
-            Job::Seal { topic, below, reply } => {
-                let mut result = seal(&disk, &context, &topic, below).await;
-                if context.has_room_now(&result, Some(&topic)).await {
-                    result = seal(&disk, &context, &topic, below).await;
-                }
-                match reply {
-                    Some(reply) => {
-                        reply.send(result).ok(); // Who asked may have gone; the seal stands.
-                    }
-                    None => {
-                        if let Err(error) = result {
-                            tracing::warn!(topic = %topic.locator, %error, "segment not sealed; the next start tries again");
-                        }
-                    }
-                }
+            Job::Seal(first) => {
+                let (seals, behind) = seals_at_once(first, &mut jobs);
+                next = behind;
+                join_all(seals.iter().map(|one| seal_or_warn(&disk, &context, one))).await;
             }
             Job::Fold { topic, reply } => {
                 let result = fold(&context, topic).await;
@@ -169,12 +168,46 @@ pub(crate) async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<Job>, conte
     }
 }
 
+async fn take_or_recv(next: &mut Option<Job>, jobs: &mut mpsc::Receiver<Job>) -> Option<Job> {
+    match next.take() {
+        Some(job) => Some(job),
+        None => jobs.recv().await,
+    }
+}
+
+/// The seals that wait behind the first, of as many topics, and the job behind them: a thousand uploads may end at once,
+/// and what is sealed side by side shares commits and wake-ups.
+fn seals_at_once(first: Seal, jobs: &mut mpsc::Receiver<Job>) -> (Vec<Seal>, Option<Job>) {
+    let mut seals = vec![first];
+    while seals.len() < limits::SEALS_AT_ONCE
+        && let Ok(job) = jobs.try_recv()
+    {
+        match job {
+            // Two of one topic are done in their order.
+            Job::Seal(seal) if seals.iter().all(|other| other.topic.no != seal.topic.no) => seals.push(seal),
+            job => return (seals, Some(job)),
+        }
+    }
+    (seals, None)
+}
+
+async fn seal_or_warn<D: Disk>(disk: &D, context: &Context, Seal { topic, below }: &Seal) {
+    let mut result = seal(disk, context, topic, *below).await;
+    if context.has_room_now(&result, Some(topic)).await {
+        result = seal(disk, context, topic, *below).await;
+    }
+    if let Err(error) = result {
+        tracing::warn!(topic = %topic.locator, %error, "segment not sealed; the next start tries again");
+    }
+}
+
 async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: Option<u32>) -> Outcome {
     let sealed =
         recover::seal_topic(disk, &context.catalog, context.data_dir(), topic, below, &context.counters).await?;
     let no = topic.no;
     if sealed.is_empty() && below.is_none() {
-        // Locked without a new segment: no footer can say so any more.
+        // Locked without a new segment: no footer can say so any more. A manifest has one writer at a time.
+        let _alone = context.manifests.lock().await;
         note_lock(disk, context, topic).await?;
     }
     // The seal is recorded whatever becomes of the rest: its footer is in the file.
@@ -408,4 +441,51 @@ async fn copy_manifest<D: Disk>(disk: &D, context: &Context, sequence: &Sequence
 /// The sequence in whose folder a removed folder lay.
 fn sequence_of(folder: &str) -> Option<SequenceId> {
     folder.strip_prefix("sequences/")?.split('/').next()?.parse().ok().map(SequenceId)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use storage::chunk::Format;
+    use storage::ids::{SessionId, TopicId};
+
+    fn seal_of(no: u64) -> Seal {
+        let topic = TopicRecord {
+            no: TopicNo(no),
+            id: TopicId::random(),
+            sequence: SequenceId::random(),
+            session: SessionId::random(),
+            locator: format!("drive/{no}"),
+            ontology_tag: "imu".to_owned(),
+            format: Format::Default,
+            user_metadata: "{}".to_owned(),
+            created_at_ns: 0,
+            completed_at_ns: None,
+        };
+        Seal { topic: Box::new(topic), below: None }
+    }
+
+    /// The topics that are sealed side by side with the first, and whether a job waits behind them.
+    fn at_once(first: u64, behind: Vec<Job>) -> (Vec<u64>, bool) {
+        let (sender, mut jobs) = mpsc::channel(limits::SERVICE_LANE_DEPTH);
+        for job in behind {
+            assert!(sender.try_send(job).is_ok(), "there is room");
+        }
+        let (seals, next) = seals_at_once(seal_of(first), &mut jobs);
+        (seals.iter().map(|seal| seal.topic.no.0).collect(), next.is_some())
+    }
+
+    #[test]
+    fn seals_of_different_topics_are_done_at_once_and_nothing_overtakes_them() {
+        let seals = |of: &[u64]| of.iter().map(|no| Job::Seal(seal_of(*no))).collect::<Vec<_>>();
+        assert_eq!(at_once(1, Vec::new()), (vec![1], false));
+        assert_eq!(at_once(1, seals(&[2, 3])), (vec![1, 2, 3], false));
+        // The second of a topic waits for the first.
+        assert_eq!(at_once(1, seals(&[2, 1, 3])), (vec![1, 2], true));
+        let fold = Job::Fold { topic: TopicNo(9), reply: oneshot::channel().0 };
+        let jobs = seals(&[2]).into_iter().chain([fold]).chain(seals(&[3])).collect();
+        assert_eq!(at_once(1, jobs), (vec![1, 2], true));
+        let many: Vec<u64> = (2..100).collect();
+        assert_eq!(at_once(1, seals(&many)).0.len(), limits::SEALS_AT_ONCE);
+    }
 }

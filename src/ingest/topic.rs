@@ -405,7 +405,7 @@ mod tests {
     use arrow::array::{AsArray, Int64Array};
     use arrow::datatypes::{DataType, Field, Int64Type, Schema};
 
-    fn schema() -> TopicSchema {
+    fn schema() -> Arc<TopicSchema> {
         TopicSchema::check(Arc::new(Schema::new(vec![Field::new("timestamp_ns", DataType::Int64, false)])))
             .expect("a schema")
     }

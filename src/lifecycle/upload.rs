@@ -18,7 +18,7 @@ use storage::StorageError;
 use storage::catalog::keys::{self, Family};
 use storage::catalog::records::{PartialRecord, SessionRecord, TopicOntology, TopicRecord, TopicTotals};
 use storage::catalog::{Look, Txn};
-use storage::chunk::{BatchMark, Compression, TopicEncoder};
+use storage::chunk::{BatchMark, Compression};
 use storage::ids::{TopicId, TopicNo};
 use storage::ontology::{Origin, Relation, relate};
 use storage::read::{Loader, TopicView};
@@ -125,7 +125,7 @@ impl Lifecycle {
         // Checked when the topic was made.
         let asked = compression_asked(&found.user_metadata).ok().flatten();
         let compression = Compression::of_topic(found.format, self.compression, asked);
-        let encoder = TopicEncoder::new(&schema.stored, compression)?;
+        let encoder = schema.encoder(compression)?;
         let registry = Arc::clone(&self.registry);
         let offered = Registry::offer(&found.ontology_tag, &schema.wire, Origin::FirstUse)?;
         let (watermark, receiver) = watch::channel(Watermark::default());

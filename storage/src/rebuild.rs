@@ -335,7 +335,7 @@ fn put_topic(txn: &mut Txn<'_>, topic: &Topic, now_ns: i64, done: &mut Rebuilt) 
     for found in &topic.chunks {
         let record = &found.trailer.record;
         let fields = if indexed { found.trailer.fields.clone() } else { Vec::new() };
-        txn.put_chunk(no, record, &SkipRecord { fields })?;
+        txn.put_chunk(no, record, &SkipRecord { fields }, true)?;
         totals.chunks += 1;
         totals.chunk_batches = record.end_batch;
         totals.chunk_rows = record.end_row;

@@ -7,7 +7,7 @@
 use crate::catalog::Look;
 use crate::catalog::records::{SegmentRecord, SequenceRecord, TopicRecord};
 use crate::chunk::stats::FieldStats;
-use crate::chunk::{ChunkRecord, Compression, TopicEncoder};
+use crate::chunk::{ChunkRecord, Compression};
 use crate::disk::{Disk, Durability, Folders, IoCounters, make_dirs};
 use crate::error::{Result, StorageError};
 use crate::files::Entry;
@@ -99,7 +99,7 @@ pub async fn seal_topic<D: Disk>(
     let Some(facts) = TopicFacts::load(look, topic)? else {
         return Ok(Vec::new());
     };
-    let schema = TopicSchema::derive(crate::schema::from_ipc(&facts.schema)?)?;
+    let schema = TopicSchema::accepted(crate::schema::from_ipc(&facts.schema)?)?;
     let mut segments = look.segments(topic.no)?;
     if segments.is_empty() && below.is_none() {
         segments.push(create_empty(disk, data_dir, facts, counters).await?);
@@ -110,7 +110,7 @@ pub async fn seal_topic<D: Disk>(
     }
     let chunks = look.chunks(topic.no)?;
     let sequence = look.sequence(topic.sequence)?.map_or_else(String::new, |record| record.name);
-    let encoder = TopicEncoder::new(&schema.stored, Compression::None)?;
+    let encoder = schema.encoder(Compression::None)?;
     for record in &mut segments {
         let of_segment: Vec<(ChunkRecord, Vec<FieldStats>)> = chunks
             .iter()
@@ -154,8 +154,9 @@ async fn create_empty<D: Disk>(
     Ok(SegmentRecord { no: 0, id: head.segment_id, epoch: 0, end_offset, sealed_length: None })
 }
 
-/// Makes a segment file with its head; file, folder and new parents are durable on return. Returns the
-/// file and where its first chunk goes. `home` is the volume's root that a new folder goes to.
+/// Makes a segment file with its head; its name, folder and new parents are durable on return, its head with the next
+/// sync of the file, which is its first chunk's or its footer's. Returns the file and where its first chunk goes. `home`
+/// is the volume's root that a new folder goes to.
 ///
 /// # Errors
 /// When one of them cannot be made, or the file exists.
@@ -172,7 +173,6 @@ pub async fn create_segment<D: Disk>(
     made.map_err(|error| StorageError::io("make folder", dir, error))?;
     let file = disk.create(path).await.map_err(|error| StorageError::io("create", path, error))?;
     let first_chunk = write_padded(disk, &file, path, 0, &head).await?;
-    disk.sync(&file).await.map_err(|error| StorageError::io("sync", path, error))?;
     disk.sync_dir(dir).await.map_err(|error| StorageError::io("sync folder", dir, error))?;
     IoCounters::add(&counters.footer, first_chunk);
     Ok((file, first_chunk))

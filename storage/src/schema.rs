@@ -6,12 +6,15 @@
 //! group). Everything else Parquet gives back as it came, and [`TopicSchema::check`] proves it for
 //! each new schema by sending an empty and a small batch through encode and decode.
 
+use crate::chunk::{Compression, Layout, TopicEncoder};
 use crate::error::{Result, StorageError};
 use crate::limits;
 use arrow::array::{Array, ArrayData, ArrayRef, BooleanArray, RecordBatch, layout, make_array};
 use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Field, FieldRef, Fields, IntervalUnit, Schema, SchemaRef};
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
 
 /// The column every topic must have: receive or sensor time in nanoseconds since 1970, int64.
 pub const TIME_COLUMN: &str = "timestamp_ns";
@@ -34,16 +37,58 @@ pub struct TopicSchema {
     dictionaries: bool,
     /// Whether the columns lie on disk in the types in which they come.
     alike: bool,
+    /// How its rows lie in an uncompressed row group, once somebody asked.
+    layout: OnceLock<Arc<Layout>>,
 }
 
+/// A schema that came back equal, now or when it was accepted, as a hash with a key that nobody knows (it may be as large
+/// as a message), and what topics have of it now.
+type Known = (u64, Weak<TopicSchema>);
+
+/// The schemas checked last, the latest last: a vehicle has hundreds of topics of a few.
+static KNOWN: LazyLock<(RandomState, Mutex<VecDeque<Known>>)> = LazyLock::new(Default::default);
+/// Schemas kept there.
+const KNOWN_MAX: usize = 64;
+
 impl TopicSchema {
-    /// Accepts a schema that can be stored and given back unchanged; names the field otherwise.
+    /// Accepts a schema that can be stored and given back unchanged; names the field otherwise. Topics of equal schemas
+    /// share one, so that what is looked up in it for every message stays in the processor's caches.
     ///
     /// # Errors
     /// [`StorageError::Unstorable`] with the first field that does not come back as it went in.
-    pub fn check(wire: SchemaRef) -> Result<Self> {
-        let schema = Self::derive(wire)?;
-        crate::chunk::prove_round_trip(&schema)?;
+    pub fn check(wire: SchemaRef) -> Result<Arc<Self>> {
+        Self::known(wire, crate::chunk::prove_round_trip)
+    }
+
+    /// The same without the proof, for a schema that was accepted once.
+    ///
+    /// # Errors
+    /// As [`Self::check`], for what can be told from the types alone.
+    pub fn accepted(wire: SchemaRef) -> Result<Arc<Self>> {
+        Self::known(wire, |_| Ok(()))
+    }
+
+    /// What topics have of an equal schema now; otherwise a new one, proven unless it was lately.
+    fn known(wire: SchemaRef, prove: impl FnOnce(&Self) -> Result<()>) -> Result<Arc<Self>> {
+        let (key, known) = &*KNOWN;
+        let hash = key.hash_one(&wire);
+        let known = || known.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = known().iter().find(|(of, _)| *of == hash).map(|(_, schema)| schema.upgrade());
+        if let Some(Some(shared)) = &found
+            && shared.wire == wire
+        {
+            return Ok(Arc::clone(shared));
+        }
+        let schema = Arc::new(Self::derive(wire)?);
+        if found.is_none() {
+            prove(&schema)?;
+        }
+        let mut known = known();
+        known.retain(|(of, _)| *of != hash);
+        if known.len() >= KNOWN_MAX {
+            known.pop_front();
+        }
+        known.push_back((hash, Arc::downgrade(&schema)));
         Ok(schema)
     }
 
@@ -98,7 +143,26 @@ impl TopicSchema {
         }
         let dictionaries = wire.fields().iter().any(|field| has_dictionary(field.data_type()));
         let alike = &fields == wire.fields();
-        Ok(Self { stored: Arc::new(Schema::new(fields)), wire, time_column, leaves, dictionaries, alike })
+        let stored = Arc::new(Schema::new(fields));
+        Ok(Self { stored, wire, time_column, leaves, dictionaries, alike, layout: OnceLock::new() })
+    }
+
+    /// An encoder for its rows; topics share what does not depend on them.
+    ///
+    /// # Errors
+    /// When Parquet has no column type for a field.
+    pub fn encoder(&self, compression: Compression) -> Result<TopicEncoder> {
+        if compression != Compression::None {
+            return TopicEncoder::new(&self.stored, compression);
+        }
+        let layout = match self.layout.get() {
+            Some(layout) => layout,
+            None => {
+                let made = Arc::new(Layout::new(&self.stored, compression)?);
+                self.layout.get_or_init(|| made)
+            }
+        };
+        TopicEncoder::of(Arc::clone(layout), compression)
     }
 
     /// A batch as it came, in the types of the files; it may still have the metadata of the writer's schema.
@@ -432,6 +496,27 @@ mod tests {
     use super::*;
     use arrow::array::{DictionaryArray, Int64Array};
     use arrow::datatypes::{Int8Type, UnionFields, UnionMode};
+
+    #[test]
+    fn topics_of_equal_schemas_share_one_as_long_as_one_of_them_is_there() {
+        let schema = |metadata: &str| {
+            let fields =
+                vec![Field::new(TIME_COLUMN, DataType::Int64, false), Field::new("shared", DataType::Int8, true)];
+            let metadata = std::collections::HashMap::from([("of".to_owned(), metadata.to_owned())]);
+            Arc::new(Schema::new_with_metadata(fields, metadata))
+        };
+        let first = TopicSchema::check(schema("one")).expect("storable");
+        assert!(Arc::ptr_eq(&first, &TopicSchema::check(schema("one")).expect("storable")));
+        assert!(Arc::ptr_eq(&first, &TopicSchema::accepted(schema("one")).expect("storable")));
+        // What goes out again is to the letter what came in.
+        let other = TopicSchema::check(schema("another")).expect("storable");
+        assert!(!Arc::ptr_eq(&first, &other));
+        assert_eq!(other.wire, schema("another"));
+        let was = Arc::downgrade(&first);
+        drop(first);
+        assert!(was.upgrade().is_none(), "nobody keeps it");
+        assert_eq!(TopicSchema::check(schema("one")).expect("storable").wire, schema("one"));
+    }
 
     fn with_time(fields: Vec<Field>) -> SchemaRef {
         let mut all = vec![Field::new(TIME_COLUMN, DataType::Int64, false)];

@@ -1,6 +1,7 @@
 //! Which open chunks are looked at, and when; what is to do with each is [`verdict`]'s to say.
 //!
-//! Guarantees: every open chunk is looked at once a look interval, however often the thread wakes; between two looks
+//! Guarantees: every open chunk is looked at once a look interval, however often the thread wakes (one that waits for
+//! a place to be written less often); between two looks
 //! only what may have changed is (what got batches, what was held up, what gives way), so that a wake-up costs the same
 //! with ten topics and with a thousand. A topic whose end has come is left alone: its last chunk is with its end.
 
@@ -21,7 +22,8 @@ const LOOK_INTERVAL_MAX: Duration = Duration::from_millis(10);
 const LOOKS_PER_INTERVAL: u32 = 5;
 /// The looks of a short commit interval are this far apart.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
-/// The same while all batches are safe and only their age is waited for; memory may become short meanwhile.
+/// The same while all batches are safe and only their age is waited for; memory may become short meanwhile. And of
+/// chunks that are to close and wait for a place.
 const SAFE_LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// Largest chunks kept from one look to the next: more than can be flushed meanwhile.
 const LARGEST_MAX: usize = 8 * limits::FLUSHES_IN_FLIGHT_MAX;
@@ -48,6 +50,8 @@ pub(super) struct Looks<D: Disk> {
     /// Topics whose chunk was to close and found as many flushes under way as there may be, the longest waiting first.
     /// Each has [`Topic::is_held_up`] set.
     held_up: RefCell<VecDeque<Rc<Topic<D>>>>,
+    /// When all of them were looked at.
+    held_up_looked: Cell<Instant>,
     /// The largest open chunks at the last look that found memory short, the largest last.
     largest: RefCell<Vec<Rc<Topic<D>>>>,
     /// How soon the open chunks want to be looked at, by what is known of them.
@@ -63,6 +67,7 @@ impl<D: Disk> Looks<D> {
             looked: Cell::new(None),
             touched: RefCell::default(),
             held_up: RefCell::default(),
+            held_up_looked: Cell::new(Instant::now()),
             largest: RefCell::default(),
             pace: Cell::new(Pace::Idle),
             tail_rate: Cell::new(tail_rate),
@@ -82,6 +87,16 @@ impl<D: Disk> Looks<D> {
     /// What may go there after something went.
     pub(super) fn keep_tail_rate(&self, tail: TailRate) {
         self.tail_rate.set(tail);
+    }
+
+    /// Whether all that are held up are to be looked at, and notes that they are. What each is to do does not change
+    /// until there is a place for it or it is too old to wait for one.
+    fn is_time_for_held_up(&self, now: Instant) -> bool {
+        let due = SAFE_LOOK_INTERVAL <= now.saturating_duration_since(self.held_up_looked.get());
+        if due {
+            self.held_up_looked.set(now);
+        }
+        due
     }
 
     /// Notes that a topic got batches, or has them from an earlier upload.
@@ -110,14 +125,19 @@ impl<D: Disk> Writer<D> {
         } else {
             giving_way.iter().cloned().chain(touched).collect::<Vec<_>>()
         };
-        // Those that wait longest come first. All of them are looked at again at a look, as what they hold grows old.
+        // Those that wait longest come first. All of them are looked at again now and then, as what they hold grows old.
         let mut waiting = self.looks.held_up.take();
+        let waiting_too = is_look && self.looks.is_time_for_held_up(now);
         let mut topics = topics.into_iter();
-        let mut pace = if is_look { Pace::Idle } else { self.looks.pace.get() };
+        let mut pace = match is_look {
+            true if waiting.is_empty() => Pace::Idle,
+            true => Pace::Unsafe,
+            false => self.looks.pace.get(),
+        };
         let until_look = interval.saturating_sub(now.duration_since(self.looks.looked.get().unwrap_or(now)));
         let mut tail = self.looks.tail_rate(now);
         let (mut packed, mut packed_bytes) = (Vec::new(), 0);
-        while let Some(topic) = self.longest_waiting(&mut waiting, is_look).or_else(|| topics.next()) {
+        while let Some(topic) = self.longest_waiting(&mut waiting, waiting_too).or_else(|| topics.next()) {
             // A topic may be here more than once: what was taken from it the first time is not there any more.
             if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() || topic.ended.get() {
                 continue;
@@ -170,8 +190,8 @@ impl<D: Disk> Writer<D> {
     }
 
     /// The next of those that were held up, if it can be helped or is to be looked at.
-    fn longest_waiting(&self, waiting: &mut VecDeque<Rc<Topic<D>>>, is_look: bool) -> Option<Rc<Topic<D>>> {
-        let topic = if is_look || self.has_place() { waiting.pop_front()? } else { return None };
+    fn longest_waiting(&self, waiting: &mut VecDeque<Rc<Topic<D>>>, all: bool) -> Option<Rc<Topic<D>>> {
+        let topic = if all || self.has_place() { waiting.pop_front()? } else { return None };
         topic.is_held_up.set(false);
         Some(topic)
     }

@@ -239,13 +239,14 @@ impl Txn<'_> {
         self.put(Family::Topics, keys::sequence_topic(record.sequence, record.no), &record.no)
     }
 
-    /// Writes a chunk with its statistics and drops the tail it replaces.
-    pub fn put_chunk(&mut self, no: TopicNo, record: &ChunkRecord, skip: &SkipRecord) -> Result<()> {
+    /// Writes a chunk with its statistics and drops the tail it replaces, if the topic has one: every reader of the
+    /// tail's memtable looks through the ranges deleted in it.
+    pub fn put_chunk(&mut self, no: TopicNo, record: &ChunkRecord, skip: &SkipRecord, has_tail: bool) -> Result<()> {
         self.put(Family::Chunks, keys::chunk(no, record.first_row), record)?;
         self.put(Family::Skip, keys::skip_open(no, record.first_row), skip)?;
         let from = keys::tail(no, record.first_batch);
         let to = keys::tail(no, record.end_batch);
-        if from < to && !self.replays_tail() {
+        if has_tail && from < to && !self.replays_tail() {
             self.delete_range(Family::Tail, from, to);
         }
         Ok(())
@@ -260,7 +261,7 @@ impl Txn<'_> {
         totals.data_bytes -= tail.iter().map(|run| run.data_bytes).sum::<u64>().min(totals.data_bytes);
         for trailer in chunks {
             let record = &trailer.record;
-            self.put_chunk(no, record, &SkipRecord { fields: trailer.fields.clone() })?;
+            self.put_chunk(no, record, &SkipRecord { fields: trailer.fields.clone() }, true)?;
             totals.chunks += 1;
             totals.chunk_batches = record.end_batch;
             totals.chunk_rows = record.end_row;

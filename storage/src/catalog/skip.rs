@@ -238,8 +238,8 @@ pub struct Fold {
     before: Vec<BlockMark>,
     marks: Vec<BlockMark>,
     blocks: Vec<(Vec<u8>, Vec<u8>)>,
-    /// First and last row of the chunks that are packed.
-    rows: (u64, u64),
+    /// First rows of the chunks that are packed.
+    rows: Vec<u64>,
 }
 
 /// Packs what lies apart of a topic into blocks: whole ones only, or everything at its end. Only
@@ -269,9 +269,9 @@ pub fn plan_fold(
         .collect();
     let take = if everything { ready.len() } else { ready.len() / SKIP_BLOCK_CHUNKS * SKIP_BLOCK_CHUNKS };
     let ready = ready.get(..take).unwrap_or(&[]);
-    let (Some(first), Some(last)) = (ready.first(), ready.last()) else {
+    if ready.is_empty() {
         return Ok(None);
-    };
+    }
     let mut marks = before.clone();
     let mut blocks = Vec::new();
     for (index, rows) in ready.chunks(SKIP_BLOCK_CHUNKS).enumerate() {
@@ -287,7 +287,7 @@ pub fn plan_fold(
         }
         blocks.extend(pack_columns(topic, ontology, first_chunk, &records)?);
     }
-    Ok(Some(Fold { topic, before, marks, blocks, rows: (*first, *last) }))
+    Ok(Some(Fold { topic, before, marks, blocks, rows: ready.to_vec() }))
 }
 
 /// The blocks of some consecutive chunks, one a column.
@@ -330,8 +330,10 @@ impl Txn<'_> {
             self.put_bytes(Family::Skip, key, value);
         }
         self.put(Family::Topics, keys::topic_blocks(fold.topic), &fold.marks)?;
-        let (first, last) = fold.rows;
-        self.delete_range(Family::Skip, keys::skip_open(fold.topic, first), keys::skip_open(fold.topic, last + 1));
+        // One by one: a deleted range costs every later reader of the memtable, of whatever topic.
+        for row in fold.rows {
+            self.delete(Family::Skip, keys::skip_open(fold.topic, row));
+        }
         Ok(())
     }
 

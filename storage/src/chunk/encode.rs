@@ -108,13 +108,25 @@ type PageQueue = Arc<Mutex<VecDeque<Bytes>>>;
 /// Makes encoders for the chunks of one topic.
 #[derive(Debug)]
 pub struct TopicEncoder {
-    factory: ArrowRowGroupWriterFactory,
-    queues: Arc<QueueFactory>,
+    layout: Arc<Layout>,
+    /// Parquet's writers, if a field goes through them.
+    writers: Option<Writers>,
+    derived: Vec<Derived>,
+}
+
+/// How rows of a schema lie in a row group: the same for all topics that have it.
+#[derive(Debug)]
+pub(crate) struct Layout {
     schema: SchemaRef,
     /// Of each field.
-    plans: Arc<[Plan]>,
+    plans: Vec<Plan>,
     descriptor: SchemaDescPtr,
-    derived: Vec<Derived>,
+}
+
+#[derive(Debug)]
+struct Writers {
+    factory: ArrowRowGroupWriterFactory,
+    queues: Arc<QueueFactory>,
 }
 
 /// How a field is encoded.
@@ -126,7 +138,7 @@ enum Plan {
     Writer(usize),
 }
 
-fn plans(schema: &SchemaRef, descriptor: &SchemaDescriptor, plain: bool) -> Arc<[Plan]> {
+fn plans(schema: &SchemaRef, descriptor: &SchemaDescriptor, plain: bool) -> Vec<Plan> {
     let mut columns = descriptor.columns();
     let plan = |field: &Arc<Field>| {
         let count = field_leaves(field.data_type()).min(columns.len());
@@ -138,21 +150,51 @@ fn plans(schema: &SchemaRef, descriptor: &SchemaDescriptor, plain: bool) -> Arc<
     schema.fields().iter().map(plan).collect()
 }
 
+impl Layout {
+    /// How rows of the stored schema lie.
+    ///
+    /// # Errors
+    /// When Parquet has no column type for a field.
+    pub(crate) fn new(schema: &SchemaRef, compression: Compression) -> Result<Self> {
+        let descriptor = ArrowSchemaConverter::new().convert(schema)?;
+        let plans = plans(schema, &descriptor, compression == Compression::None);
+        Ok(Self { schema: Arc::clone(schema), plans, descriptor: Arc::new(descriptor) })
+    }
+
+    fn is_plain(&self) -> bool {
+        self.plans.iter().all(|plan| matches!(plan, Plan::Plain(_)))
+    }
+}
+
+impl Writers {
+    fn new(layout: &Layout, compression: Compression) -> Result<Self> {
+        let properties = Arc::new(properties(&layout.schema, compression));
+        let writer = SerializedFileWriter::new(std::io::sink(), layout.descriptor.root_schema_ptr(), properties)?;
+        let queues = Arc::new(QueueFactory::default());
+        let factory = ArrowRowGroupWriterFactory::new(&writer, Arc::clone(&layout.schema))
+            .with_page_store_factory(Arc::clone(&queues) as Arc<dyn PageStoreFactory>);
+        Ok(Self { factory, queues })
+    }
+}
+
 impl TopicEncoder {
-    /// An encoder for rows of the stored schema.
+    /// An encoder for rows of the stored schema. [`TopicSchema::encoder`] shares what topics have in common.
+    ///
+    /// [`TopicSchema::encoder`]: crate::schema::TopicSchema::encoder
     ///
     /// # Errors
     /// When Parquet has no column type for a field.
     pub fn new(schema: &SchemaRef, compression: Compression) -> Result<Self> {
-        let properties = Arc::new(properties(schema, compression));
-        let descriptor = ArrowSchemaConverter::new().convert(schema)?;
-        let writer = SerializedFileWriter::new(std::io::sink(), descriptor.root_schema_ptr(), properties)?;
-        let queues = Arc::new(QueueFactory::default());
-        let factory = ArrowRowGroupWriterFactory::new(&writer, Arc::clone(schema))
-            .with_page_store_factory(Arc::clone(&queues) as Arc<dyn PageStoreFactory>);
-        let plans = plans(schema, &descriptor, compression == Compression::None);
-        let (schema, descriptor) = (Arc::clone(schema), Arc::new(descriptor));
-        Ok(Self { factory, queues, schema, plans, descriptor, derived: Vec::new() })
+        Self::of(Arc::new(Layout::new(schema, compression)?), compression)
+    }
+
+    /// An encoder for rows that lie in this way, made for the same compression.
+    ///
+    /// # Errors
+    /// When Parquet cannot make its writers.
+    pub(crate) fn of(layout: Arc<Layout>, compression: Compression) -> Result<Self> {
+        let writers = if layout.is_plain() { None } else { Some(Writers::new(&layout, compression)?) };
+        Ok(Self { layout, writers, derived: Vec::new() })
     }
 
     /// The same, with what its ontology adds to the statistics.
@@ -168,12 +210,12 @@ impl TopicEncoder {
     /// Whether no column goes through Parquet's writer.
     #[cfg(test)]
     pub(super) fn is_plain(&self) -> bool {
-        self.plans.iter().all(|plan| matches!(plan, Plan::Plain(_)))
+        self.layout.is_plain()
     }
 
     /// The Parquet schema of the files.
     pub fn descriptor(&self) -> &SchemaDescPtr {
-        &self.descriptor
+        &self.layout.descriptor
     }
 
     /// Starts a chunk of these batches, which must all have the stored schema.
@@ -182,9 +224,9 @@ impl TopicEncoder {
     /// When Parquet cannot make its column writers.
     pub fn begin<'a>(&self, batches: &'a [RecordBatch]) -> Result<ChunkEncoder<'a>> {
         let mut waiting = VecDeque::new();
-        if self.plans.iter().any(|plan| matches!(plan, Plan::Writer(_))) {
-            let writers = self.factory.create_column_writers(0)?;
-            let queues = self.queues.take();
+        if let Some(Writers { factory, queues }) = &self.writers {
+            let writers = factory.create_column_writers(0)?;
+            let queues = queues.take();
             if writers.len() != queues.len() {
                 return Err(StorageError::Format { op: "encode", text: "a column has no page queue".to_owned() });
             }
@@ -192,8 +234,7 @@ impl TopicEncoder {
         }
         Ok(ChunkEncoder {
             batches,
-            schema: Arc::clone(&self.schema),
-            plans: Arc::clone(&self.plans),
+            layout: Arc::clone(&self.layout),
             waiting,
             current: Vec::new(),
             field: 0,
@@ -216,8 +257,7 @@ struct Place {
 #[derive(Debug)]
 pub struct ChunkEncoder<'a> {
     batches: &'a [RecordBatch],
-    schema: SchemaRef,
-    plans: Arc<[Plan]>,
+    layout: Arc<Layout>,
     /// Leaf writers of the fields to come; empty if none is needed.
     waiting: VecDeque<(ArrowColumnWriter, PageQueue)>,
     /// Leaf writers of the field under way.
@@ -238,8 +278,8 @@ impl ChunkEncoder<'_> {
     /// # Errors
     /// When a value does not fit its declared type (a null in a non-nullable field).
     pub fn step(&mut self) -> Result<Option<Vec<Piece>>> {
-        let plans = Arc::clone(&self.plans);
-        match plans.get(self.field) {
+        let layout = Arc::clone(&self.layout);
+        match layout.plans.get(self.field) {
             None => Ok(None),
             Some(Plan::Plain(leaves)) => self.step_plain(leaves).map(Some),
             Some(Plan::Writer(leaves)) => self.step_writer(*leaves).map(Some),
@@ -260,7 +300,7 @@ impl ChunkEncoder<'_> {
             let array = batch.column(self.field);
             let column = Column::new(leaf, array)?;
             while self.place.row < batch.num_rows() && self.page.weight() < limits::PAGE_BYTES {
-                let rows = slice_rows(batch.num_rows(), self.place.row, array.get_buffer_memory_size());
+                let rows = slice_rows(batch.num_rows(), self.place.row, column.bytes());
                 column.add(self.place.row..self.place.row + rows, &mut self.page)?;
                 self.place.row += rows;
             }
@@ -300,7 +340,7 @@ impl ChunkEncoder<'_> {
 
     fn step_writer(&mut self, leaves: usize) -> Result<Vec<Piece>> {
         let mut pieces = Vec::new();
-        let Some(field) = self.schema.fields().get(self.field).cloned() else {
+        let Some(field) = self.layout.schema.fields().get(self.field).cloned() else {
             return Ok(pieces);
         };
         if self.current.is_empty() {

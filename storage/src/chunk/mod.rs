@@ -12,6 +12,7 @@ mod plain;
 pub mod record;
 pub mod stats;
 
+pub(crate) use encode::Layout;
 pub use encode::{ChunkEncoder, Compression, Format, Piece, TopicEncoder};
 pub use record::{BatchMark, ChunkRecord, ColumnRecord};
 
@@ -20,9 +21,6 @@ use crate::schema::{TopicSchema, sample_batch};
 use arrow::array::{Array, AsArray, GenericByteArray, RecordBatch};
 use arrow::datatypes::{ArrowNativeType, ByteArrayType, DataType, SchemaRef};
 use bytes::Bytes;
-use std::collections::VecDeque;
-use std::hash::{BuildHasher, RandomState};
-use std::sync::{LazyLock, Mutex, PoisonError};
 
 /// Weight of a batch as it will be encoded, in bytes: sliced values, offsets and validity.
 pub fn data_bytes(batch: &RecordBatch) -> u64 {
@@ -61,34 +59,11 @@ fn bytes_of<T: ByteArrayType>(column: &GenericByteArray<T>) -> usize {
     size_of_val::<[T::Offset]>(offsets) + offsets.last().as_usize() - offsets.first().as_usize()
 }
 
-/// Schemas that came back equal, the latest last: a vehicle has hundreds of topics of a few. Hashes with a key that
-/// nobody knows stand for them: a schema may be as large as a message.
-static PROVEN: LazyLock<(RandomState, Mutex<VecDeque<u64>>)> = LazyLock::new(Default::default);
-/// Schemas kept there.
-const PROVEN_MAX: usize = 64;
-
-/// Sends an empty and a small batch of the schema through encode and decode (design.md section 5), unless one of the
-/// same schema was sent lately.
+/// Sends an empty and a small batch of the schema through encode and decode (design.md section 5).
 ///
 /// # Errors
 /// [`StorageError::Unstorable`] naming the first field that does not come back equal.
 pub(crate) fn prove_round_trip(schema: &TopicSchema) -> Result<()> {
-    let (key, proven) = &*PROVEN;
-    let hash = key.hash_one(&schema.wire);
-    let proven = || proven.lock().unwrap_or_else(PoisonError::into_inner);
-    if proven().contains(&hash) {
-        return Ok(());
-    }
-    try_round_trip(schema)?;
-    let mut proven = proven();
-    if proven.len() >= PROVEN_MAX {
-        proven.pop_front();
-    }
-    proven.push_back(hash);
-    Ok(())
-}
-
-fn try_round_trip(schema: &TopicSchema) -> Result<()> {
     for rows in [0, 2] {
         let sent = sample_batch(&schema.wire, rows)
             .map_err(|error| unstorable(schema, 0, &format!("no sample of it can be made: {error}")))?;

@@ -250,6 +250,15 @@ impl<'a> Column<'a> {
         Ok(Self { leaf, nodes, nulls: nulls(&array), values })
     }
 
+    /// Bytes of its values, those behind nulls and outside of its rows included.
+    pub(super) fn bytes(&self) -> usize {
+        match &self.values {
+            Values::Bits(bits) => bits.len().div_ceil(8),
+            Values::Fixed { bytes, .. } | Values::Bytes { bytes, .. } => bytes.len(),
+            Values::Narrow { array, .. } => array.len() * size_of::<i32>(),
+        }
+    }
+
     /// Adds rows to a page.
     pub(super) fn add(&self, rows: Range<usize>, page: &mut Page) -> Result<()> {
         let place = Place { def: 0, first_rep: 0, depth: 0 };

@@ -50,7 +50,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Makes the file; on return it is durable, with its head and its folders.
+    /// Makes the file; on return its name and its folders are durable. Its head is with its first chunk.
     ///
     /// # Errors
     /// When it cannot be made, or is there already.

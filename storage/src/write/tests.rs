@@ -135,7 +135,7 @@ fn blob_topic(schema: &Schema) -> TopicFacts {
 struct Upload {
     disk: Counting,
     shared: Shared,
-    schema: TopicSchema,
+    schema: Arc<TopicSchema>,
     encoder: TopicEncoder,
     topic: TopicNo,
     place: SegmentWriter<Counting>,
@@ -160,7 +160,7 @@ impl Upload {
         };
         let facts = Arc::new(blob_topic(&schema.wire));
         let topic = facts.topic.no;
-        let encoder = TopicEncoder::new(&schema.stored, Compression::None).expect("an encoder");
+        let encoder = schema.encoder(Compression::None).expect("an encoder");
         let place = SegmentWriter::new(&shared, facts, 0);
         Self { disk, shared, schema, encoder, topic, place, written: 0 }
     }

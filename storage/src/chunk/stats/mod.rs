@@ -84,6 +84,9 @@ pub struct FieldStats {
     pub bounds: Bounds,
 }
 
+/// The statistics of no value.
+const NOTHING: FieldStats = FieldStats { values: 0, nulls: 0, nans: 0, bounds: Bounds::None };
+
 /// The dotted paths that statistics are kept for, in the order of [`collect`]'s result.
 /// A path through a list has `[?]` behind the list's name.
 pub fn leaves(schema: &SchemaRef) -> Vec<String> {
@@ -120,7 +123,7 @@ impl<'a> Collector<'a> {
     /// Statistics of the leaves of a stored schema, then of what is derived from them.
     pub fn new(schema: &SchemaRef, derived: &'a [Derived]) -> Self {
         Self {
-            leaves: leaves(schema).len(),
+            leaves: schema.fields().iter().map(|field| leaf_count(field.data_type(), false)).sum(),
             all: Vec::new(),
             derived: derived.iter().map(derived::Gatherer::new).collect(),
         }
@@ -147,8 +150,7 @@ impl<'a> Collector<'a> {
     /// The statistics, in the order of [`leaves`] and the derived columns behind them.
     pub fn finish(mut self) -> Vec<FieldStats> {
         if self.all.is_empty() {
-            let nothing = FieldStats { values: 0, nulls: 0, nans: 0, bounds: Bounds::None };
-            self.all = vec![nothing; self.leaves];
+            self.all = vec![NOTHING; self.leaves];
         }
         self.all.extend(self.derived.into_iter().map(derived::Gatherer::finish));
         self.all
@@ -203,6 +205,12 @@ fn collect_array(array: &ArrayRef, in_list: bool, out: &mut Vec<FieldStats>) {
                 collect_array(&child_under_nulls(array, index), in_list, out);
             }
         }
+        // Most often none of an optional list is there.
+        DataType::List(_) | DataType::LargeList(_) | DataType::FixedSizeList(_, _)
+            if !in_list && !array.is_empty() && array.null_count() == array.len() =>
+        {
+            out.extend(std::iter::repeat_n(NOTHING, leaf_count(array.data_type(), false)));
+        }
         // Elements behind a null list are no values: whether they are there depends on the sender.
         DataType::List(_) | DataType::LargeList(_) | DataType::FixedSizeList(_, _)
             if !in_list && array.null_count() > 0 =>
@@ -215,7 +223,7 @@ fn collect_array(array: &ArrayRef, in_list: bool, out: &mut Vec<FieldStats>) {
                 // What is left has no nulls.
                 Ok(lists) => collect_array(&lists, in_list, out),
                 // Claiming nothing is the safe answer.
-                Err(_) => out.extend(std::iter::repeat_n(unknown(array.len()), leaf_count(array.data_type()))),
+                Err(_) => out.extend(std::iter::repeat_n(unknown(array.len()), leaf_count(array.data_type(), false))),
             }
         }
         DataType::List(_) if !in_list => {
@@ -241,10 +249,15 @@ fn unknown(values: usize) -> FieldStats {
     FieldStats { values: values as u64 + 1, nulls: 1, nans: 0, bounds: Bounds::None }
 }
 
-fn leaf_count(data_type: &DataType) -> usize {
-    let mut paths = Vec::new();
-    leaf_paths(String::new(), data_type, false, &mut paths);
-    paths.len()
+/// How many [`leaf_paths`] there are.
+fn leaf_count(data_type: &DataType, in_list: bool) -> usize {
+    match data_type {
+        DataType::Struct(fields) => fields.iter().map(|field| leaf_count(field.data_type(), in_list)).sum(),
+        DataType::List(child) | DataType::LargeList(child) | DataType::FixedSizeList(child, _) if !in_list => {
+            leaf_count(child.data_type(), true)
+        }
+        _ => 1,
+    }
 }
 
 fn collect_elements(values: &ArrayRef, first: Option<usize>, last: Option<usize>, out: &mut Vec<FieldStats>) {
@@ -522,9 +535,43 @@ fn parquet_leaves(data_type: &DataType) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::{Float64Array, Int64Array, ListArray, StringArray};
+    use arrow::array::{Float64Array, Int64Array, ListArray, StringArray, new_null_array};
     use arrow::datatypes::{Field, Fields, Schema};
     use std::sync::Arc;
+
+    #[test]
+    fn lists_that_are_all_null_have_the_statistics_of_no_rows() {
+        let field = |data_type: DataType| Arc::new(Field::new("item", data_type, true));
+        let list = |data_type: DataType| DataType::List(field(data_type));
+        let of = Fields::from(vec![
+            Field::new("a", DataType::Int64, true),
+            Field::new("b", list(DataType::Utf8), true),
+            Field::new("c", DataType::Struct(vec![Field::new("d", DataType::Boolean, true)].into()), true),
+        ]);
+        for data_type in [
+            list(DataType::Float64),
+            list(list(DataType::Int8)),
+            list(DataType::Struct(of.clone())),
+            DataType::LargeList(field(DataType::Struct(of.clone()))),
+            DataType::FixedSizeList(field(DataType::Int32), 3),
+            DataType::Struct(of),
+        ] {
+            let schema: SchemaRef = Arc::new(Schema::new(vec![Field::new("x", list(data_type.clone()), true)]));
+            let direct: SchemaRef = Arc::new(Schema::new(vec![Field::new("x", data_type, true)]));
+            for schema in [schema, direct] {
+                let rows = |rows: usize| {
+                    let column = new_null_array(schema.field(0).data_type(), rows);
+                    RecordBatch::try_new(Arc::clone(&schema), vec![column]).expect("a batch")
+                };
+                let stats = |count: usize| collect(&schema, &[], &[rows(count)]);
+                assert_eq!(stats(3).len(), leaves(&schema).len(), "{schema}");
+                if matches!(schema.field(0).data_type(), DataType::Struct(_)) {
+                    continue; // A null struct's children are values that are null.
+                }
+                assert_eq!(stats(3), stats(0), "{schema}");
+            }
+        }
+    }
 
     #[track_caller]
     fn check(array: ArrayRef, expected: Bounds, nulls: u64, nans: u64) {
