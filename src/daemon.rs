@@ -296,7 +296,7 @@ fn start_steward(
         volumes: Arc::clone(volumes),
         counters: Arc::clone(counters),
         health: Arc::clone(health),
-        manifests: tokio::sync::Mutex::default(),
+        turns: steward::Turns::default(),
     };
     let thread = on_disk("fb-steward", disk, Buffers::of(RING_BUFFERS_PER_SERVICE), StewardBody { jobs, context })?;
     Ok((handle, thread))
@@ -417,7 +417,7 @@ fn touch_memory(shared: &Arc<Shared>) -> io::Result<()> {
             claimed += permit.as_ref().map_or(0, Permit::bytes);
             // Uploads that came meanwhile touch what they need by themselves. Nobody else has what is beyond the two
             // pools: dictionaries and windows are uploads' too.
-            if claimed < budget.held() {
+            if claimed < budget.held() || budget.is_waited_for() {
                 break;
             }
             // A page of zeros would not be taken before somebody writes to it.

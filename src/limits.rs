@@ -139,6 +139,10 @@ pub(crate) const DESCRIPTION_BYTES_MAX: usize = 4 << 10;
 /// Topics whose segments are sealed side by side: twice the ring buffers that the steward has for their footers.
 pub(crate) const SEALS_AT_ONCE: usize = 2 * storage::limits::RING_BUFFERS_PER_SERVICE;
 
+/// Chunks whose topics are sealed at once: their records and statistics are in memory for that. A topic with more is
+/// sealed alone.
+pub(crate) const SEAL_CHUNKS_AT_ONCE: u32 = 256;
+
 /// Jobs waiting for the reader or the steward thread.
 pub(crate) const SERVICE_LANE_DEPTH: usize = 1024;
 

@@ -39,6 +39,11 @@ impl Budget {
         self.receive.held() + self.decode.held() + self.dictionaries.held()
     }
 
+    /// Whether somebody waits for bytes that others hold.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        self.receive.is_waited_for() || self.decode.is_waited_for()
+    }
+
     /// Whether open chunks should close early: somebody waits, or three quarters are held.
     pub(crate) fn is_short(&self) -> bool {
         self.receive.is_short() || self.decode.is_short()
@@ -66,6 +71,12 @@ struct State {
     small_free: u64,
     big: VecDeque<Waiter>,
     small: VecDeque<Waiter>,
+}
+
+impl State {
+    fn is_waited_for(&self) -> bool {
+        !self.big.is_empty() || !self.small.is_empty()
+    }
 }
 
 #[derive(Debug)]
@@ -223,9 +234,13 @@ impl Pool {
         self.shared.general_bytes - state.general_free + state.overdraft + self.shared.small_bytes - state.small_free
     }
 
+    fn is_waited_for(&self) -> bool {
+        self.lock().is_waited_for()
+    }
+
     fn is_short(&self) -> bool {
         let state = self.lock();
-        !state.big.is_empty() || !state.small.is_empty() || state.general_free < self.shared.general_bytes / 4
+        state.is_waited_for() || state.general_free < self.shared.general_bytes / 4
     }
 }
 

@@ -20,7 +20,7 @@ use storage::ids::{SequenceId, TopicNo};
 use storage::recover::{self, TopicReceipt};
 use storage::volumes::{Orphan, OrphanKind, Volumes};
 use storage::{StorageError, found, manifest, segment};
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 
 type Outcome = Result<(), StorageError>;
 
@@ -108,8 +108,22 @@ pub(crate) struct Context {
     pub(crate) volumes: Arc<Volumes>,
     pub(crate) counters: Arc<IoCounters>,
     pub(crate) health: Arc<Health>,
-    /// Held by the seal that writes a manifest.
-    pub(crate) manifests: Mutex<()>,
+    pub(crate) turns: Turns,
+}
+
+/// What seals that are made side by side take in turns.
+#[derive(Debug)]
+pub(crate) struct Turns {
+    /// Held by the one that writes a manifest.
+    manifests: Mutex<()>,
+    /// A permit for each chunk whose records and statistics are in memory for a footer; a topic with more takes all.
+    chunks: Semaphore,
+}
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self { manifests: Mutex::default(), chunks: Semaphore::new(limits::SEAL_CHUNKS_AT_ONCE as usize) }
+    }
 }
 
 impl Context {
@@ -202,12 +216,16 @@ async fn seal_or_warn<D: Disk>(disk: &D, context: &Context, Seal { topic, below 
 }
 
 async fn seal<D: Disk>(disk: &D, context: &Context, topic: &TopicRecord, below: Option<u32>) -> Outcome {
+    let no = topic.no;
+    let chunks = context.catalog.totals(no)?.chunks.clamp(1, limits::SEAL_CHUNKS_AT_ONCE.into());
+    // It is never closed.
+    let turn = context.turns.chunks.acquire_many(u32::try_from(chunks).unwrap_or(1)).await;
     let sealed =
         recover::seal_topic(disk, &context.catalog, context.data_dir(), topic, below, &context.counters).await?;
-    let no = topic.no;
+    drop(turn);
     if sealed.is_empty() && below.is_none() {
         // Locked without a new segment: no footer can say so any more. A manifest has one writer at a time.
-        let _alone = context.manifests.lock().await;
+        let _alone = context.turns.manifests.lock().await;
         note_lock(disk, context, topic).await?;
     }
     // The seal is recorded whatever becomes of the rest: its footer is in the file.

@@ -178,7 +178,7 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
         volumes: Arc::clone(&volumes),
         counters: Arc::clone(&counters),
         health: Arc::clone(&health),
-        manifests: tokio::sync::Mutex::default(),
+        turns: steward::Turns::default(),
     };
     tokio::task::spawn_local(steward::serve(disk.slowed(manner.lag), jobs, context));
     let (reads, jobs) = mpsc::channel(limits::SERVICE_LANE_DEPTH);

@@ -52,7 +52,7 @@ const KNOWN_MAX: usize = 64;
 
 impl TopicSchema {
     /// Accepts a schema that can be stored and given back unchanged; names the field otherwise. Topics of equal schemas
-    /// share one, so that what is looked up in it for every message stays in the processor's caches.
+    /// without dictionaries share one, so that what is looked up in it for every message stays in the processor's caches.
     ///
     /// # Errors
     /// [`StorageError::Unstorable`] with the first field that does not come back as it went in.
@@ -74,7 +74,9 @@ impl TopicSchema {
         let hash = key.hash_one(&wire);
         let known = || known.lock().unwrap_or_else(PoisonError::into_inner);
         let found = known().iter().find(|(of, _)| *of == hash).map(|(_, schema)| schema.upgrade());
+        // Equal fields may differ in the ids of their dictionaries, which messages refer to, and in their order.
         if let Some(Some(shared)) = &found
+            && !shared.dictionaries
             && shared.wire == wire
         {
             return Ok(Arc::clone(shared));
@@ -516,6 +518,17 @@ mod tests {
         drop(first);
         assert!(was.upgrade().is_none(), "nobody keeps it");
         assert_eq!(TopicSchema::check(schema("one")).expect("storable").wire, schema("one"));
+    }
+
+    #[test]
+    fn schemas_with_dictionaries_are_not_shared_because_their_ids_are_their_own() {
+        let strings = DataType::Dictionary(Box::new(DataType::Int8), Box::new(DataType::Utf8));
+        let items = DataType::List(Arc::new(Field::new("item", strings.clone(), true)));
+        for field in [Field::new("own", strings, true), Field::new("own", items, true)] {
+            let first = TopicSchema::check(with_time(vec![field.clone()])).expect("storable");
+            let second = TopicSchema::check(with_time(vec![field])).expect("storable");
+            assert!(!Arc::ptr_eq(&first, &second), "{}", first.wire);
+        }
     }
 
     fn with_time(fields: Vec<Field>) -> SchemaRef {

@@ -5,7 +5,7 @@
 //! only what may have changed is (what got batches, what was held up, what gives way), so that a wake-up costs the same
 //! with ten topics and with a thousand. A topic whose end has come is left alone: its last chunk is with its end.
 
-use crate::ingest::gather::{TailRate, Verdict, Why, verdict};
+use crate::ingest::gather::{CROWD_FLOOR_BYTES, TailRate, Verdict, Why, verdict};
 use crate::ingest::topic::Topic;
 use crate::ingest::writer::Writer;
 use crate::limits;
@@ -90,9 +90,10 @@ impl<D: Disk> Looks<D> {
     }
 
     /// Whether all that are held up are to be looked at, and notes that they are. What each is to do does not change
-    /// until there is a place for it or it is too old to wait for one.
-    fn is_time_for_held_up(&self, now: Instant) -> bool {
-        let due = SAFE_LOOK_INTERVAL <= now.saturating_duration_since(self.held_up_looked.get());
+    /// until there is a place for it, the tail takes again what was too much for it, or it is too old to wait for one.
+    fn is_time_for_held_up(&self, now: Instant, tail: &TailRate) -> bool {
+        let due = tail.has(CROWD_FLOOR_BYTES)
+            || SAFE_LOOK_INTERVAL <= now.saturating_duration_since(self.held_up_looked.get());
         if due {
             self.held_up_looked.set(now);
         }
@@ -127,7 +128,8 @@ impl<D: Disk> Writer<D> {
         };
         // Those that wait longest come first. All of them are looked at again now and then, as what they hold grows old.
         let mut waiting = self.looks.held_up.take();
-        let waiting_too = is_look && self.looks.is_time_for_held_up(now);
+        let mut tail = self.looks.tail_rate(now);
+        let waiting_too = is_look && self.looks.is_time_for_held_up(now, &tail);
         let mut topics = topics.into_iter();
         let mut pace = match is_look {
             true if waiting.is_empty() => Pace::Idle,
@@ -135,7 +137,6 @@ impl<D: Disk> Writer<D> {
             false => self.looks.pace.get(),
         };
         let until_look = interval.saturating_sub(now.duration_since(self.looks.looked.get().unwrap_or(now)));
-        let mut tail = self.looks.tail_rate(now);
         let (mut packed, mut packed_bytes) = (Vec::new(), 0);
         while let Some(topic) = self.longest_waiting(&mut waiting, waiting_too).or_else(|| topics.next()) {
             // A topic may be here more than once: what was taken from it the first time is not there any more.

@@ -180,6 +180,15 @@ enum Offsets {
 }
 
 impl Offsets {
+    /// How many values lie between them; those of one size have none.
+    fn values(&self) -> usize {
+        match self {
+            Self::Small(offsets) => offsets.len() - 1,
+            Self::Large(offsets) => offsets.len() - 1,
+            Self::Fixed(_) => 0,
+        }
+    }
+
     fn range(&self, index: usize) -> Range<usize> {
         match self {
             Self::Small(offsets) => range(offsets, index),
@@ -250,11 +259,13 @@ impl<'a> Column<'a> {
         Ok(Self { leaf, nodes, nulls: nulls(&array), values })
     }
 
-    /// Bytes of its values, those behind nulls and outside of its rows included.
+    /// Bytes of its values in a page, those behind nulls and outside of its rows included.
     pub(super) fn bytes(&self) -> usize {
         match &self.values {
             Values::Bits(bits) => bits.len().div_ceil(8),
-            Values::Fixed { bytes, .. } | Values::Bytes { bytes, .. } => bytes.len(),
+            Values::Fixed { bytes, .. } => bytes.len(),
+            // Each has its length before it.
+            Values::Bytes { bytes, offsets } => bytes.len() + offsets.values() * size_of::<u32>(),
             Values::Narrow { array, .. } => array.len() * size_of::<i32>(),
         }
     }
