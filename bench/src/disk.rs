@@ -7,13 +7,21 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Small durable writes that are timed.
 const SMALL_WRITES: usize = 200;
 const BLOCK_BYTES: usize = 4096;
 /// A sector in `/proc/diskstats`, whatever the device's own is (Documentation/admin-guide/iostats.rst).
 const SECTOR_BYTES: u64 = 512;
+/// How often the device is asked whether it works.
+const LOOK: Duration = Duration::from_millis(2);
+/// A device that completes nothing for this long while requests wait stands still: what the 99th percentile of a
+/// durable acknowledgement may take beyond its interval.
+const STILL: Duration = Duration::from_millis(25);
 
 /// What fio does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,8 +103,7 @@ pub(crate) struct DiskCounter {
 impl DiskCounter {
     /// Counts from now on; what is dirty by now is written first.
     pub(crate) fn of(folder: &Path) -> Result<Self, Box<dyn Error>> {
-        let source = shell("findmnt", &["-no", "SOURCE", "-T", &folder.display().to_string()]);
-        let device = PathBuf::from(source).file_name().ok_or("no block device")?.to_string_lossy().into_owned();
+        let device = device_of(folder)?;
         rustix::fs::sync();
         let before = written(&device)?;
         Ok(Self { device, before })
@@ -109,9 +116,126 @@ impl DiskCounter {
     }
 }
 
+/// Name of the block device below a folder.
+fn device_of(folder: &Path) -> Result<String, Box<dyn Error>> {
+    let source = shell("findmnt", &["-no", "SOURCE", "-T", &folder.display().to_string()]);
+    Ok(PathBuf::from(source).file_name().ok_or("no block device")?.to_string_lossy().into_owned())
+}
+
+/// For how long the device stood still.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Still {
+    /// The longest time.
+    pub(crate) longest: Duration,
+    /// All times of [`STILL`] and more together.
+    pub(crate) together: Duration,
+}
+
+/// What was seen of the device so far. Times are lower bounds: from one look to another that both found it still.
+#[derive(Debug, Default)]
+struct Looks {
+    completed: u64,
+    /// The first look that found it as it is, with requests waiting.
+    since: Option<Duration>,
+    /// The last look that found it still.
+    seen: Duration,
+    still: Still,
+}
+
+impl Looks {
+    fn see(&mut self, now: Duration, completed: u64, waiting: u64) {
+        if completed == self.completed && waiting > 0 {
+            self.since.get_or_insert(now);
+            self.seen = now;
+            return;
+        }
+        let still = self.since.map_or(Duration::ZERO, |since| self.seen.saturating_sub(since));
+        if STILL <= still {
+            self.still.longest = self.still.longest.max(still);
+            self.still.together += still;
+        }
+        *self = Self { completed, since: (waiting > 0).then_some(now), seen: now, still: self.still };
+    }
+}
+
+/// Watches the device below a folder beside a measurement: a stall there is nobody's but the machine's.
+#[derive(Debug)]
+pub(crate) struct StillWatch {
+    stop: Arc<AtomicBool>,
+    watcher: JoinHandle<Still>,
+}
+
+impl StillWatch {
+    /// Watches from now on.
+    pub(crate) fn of(folder: &Path) -> Result<Self, Box<dyn Error>> {
+        let stats = PathBuf::from("/sys/class/block").join(device_of(folder)?).join("stat");
+        std::fs::read_to_string(&stats)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = Arc::clone(&stop);
+        let watcher = std::thread::spawn(move || {
+            let (started, mut looks) = (Instant::now(), Looks::default());
+            while !stopping.load(Ordering::Relaxed) {
+                if let Some((completed, waiting)) = std::fs::read_to_string(&stats).ok().as_deref().and_then(requests) {
+                    looks.see(started.elapsed(), completed, waiting);
+                }
+                std::thread::park_timeout(LOOK);
+            }
+            looks.still
+        });
+        Ok(Self { stop, watcher })
+    }
+
+    /// What was seen.
+    pub(crate) fn end(self) -> Result<Still, Box<dyn Error>> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.watcher.join().map_err(|_| "the watcher of the device panicked".into())
+    }
+}
+
+/// Requests completed (reads, writes, discards, flushes) and under way (Documentation/block/stat.rst).
+fn requests(stat: &str) -> Option<(u64, u64)> {
+    let fields: Vec<u64> = stat.split_whitespace().map_while(|field| field.parse().ok()).collect();
+    let completed = [0, 4, 11, 15].iter().map(|at| fields.get(*at).copied().unwrap_or(0)).sum();
+    Some((completed, *fields.get(8)?))
+}
+
 fn written(device: &str) -> Result<u64, Box<dyn Error>> {
     let stats = std::fs::read_to_string("/proc/diskstats")?;
     let fields = stats.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
     let line = fields.into_iter().find(|fields| fields.get(2) == Some(&device)).ok_or("the device has no counters")?;
     Ok(line.get(9).ok_or("no counter")?.parse::<u64>()? * SECTOR_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_stands_still_while_requests_wait_and_none_completes() {
+        let mut looks = Looks::default();
+        let looked = [
+            (0, 5, 1),
+            (20, 5, 1),  // Not yet long enough to be told from one large request,
+            (22, 6, 1),  // which completed.
+            (100, 6, 0), // Nothing to do is no stall.
+            (200, 6, 3),
+            (230, 6, 3),
+            (270, 9, 0), // Nobody looked for 40 ms: not known to be still then.
+            (300, 9, 2),
+            (350, 9, 2),
+            (352, 10, 2),
+        ];
+        for (ms, completed, waiting) in looked {
+            looks.see(Duration::from_millis(ms), completed, waiting);
+        }
+        assert_eq!(looks.still.longest, Duration::from_millis(50));
+        assert_eq!(looks.still.together, Duration::from_millis(30 + 50));
+    }
+
+    #[test]
+    fn discards_and_flushes_are_requests_and_older_kernels_do_not_count_them() {
+        assert_eq!(requests("1 0 0 0 20 0 0 0 7 0 0 300 0 0 0 4000 0"), Some((4321, 7)));
+        assert_eq!(requests("1 0 0 0 20 0 0 0 7 0 0"), Some((21, 7)));
+        assert_eq!(requests("1 0 0"), None);
+    }
 }

@@ -2,7 +2,7 @@
 //! slow minute of a shared machine meets all of them.
 
 use crate::closed::{self, Closed, Outcome, Saturation, Speaks};
-use crate::disk::{self, DiskCounter, Fio};
+use crate::disk::{self, DiskCounter, Fio, StillWatch};
 use crate::files;
 use crate::open::{self, Group, Latency};
 use crate::profile::Profile;
@@ -305,20 +305,22 @@ impl Suite {
         let server = Server::start(&self.program, folder.path(), &[])?;
         rest();
         let recorder = self.perf(&server, name, "flightbox")?;
-        let (latencies, seconds, cpu_s, info, device) = self.runtime.block_on(async {
+        let (latencies, seconds, cpu_s, info, device, still) = self.runtime.block_on(async {
             let mut client = connect(&server.address).await?;
             let opened = open::open(&server, "open", groups, true).await?;
             let device = DiskCounter::of(&self.scratch)?;
             let before = server::written_bytes(&server::info(&mut client).await?);
+            let watch = StillWatch::of(&self.scratch)?;
             let (cpu, started) = (server.cpu_s()?, Instant::now());
             let latencies = opened.run(time).await?;
             let (seconds, cpu) = (started.elapsed().as_secs_f64(), server.cpu_s()? - cpu);
+            let still = watch.end()?;
             let info = server::info(&mut client).await?;
             let written = server::written_bytes(&info) - before;
             let bytes: u64 = latencies.iter().map(|latency| latency.wire_bytes).sum();
             let device = device.written_since()?;
             let per_byte = |written: u64| written as f64 / bytes as f64;
-            Ok::<_, AnyError>((latencies, seconds, cpu, info, (per_byte(written), per_byte(device))))
+            Ok::<_, AnyError>((latencies, seconds, cpu, info, (per_byte(written), per_byte(device)), still))
         })?;
         drop(recorder);
         let mut add = |metric: &str, value: f64| self.samples.add(pass, name, "flightbox", metric, value);
@@ -326,6 +328,8 @@ impl Suite {
         add("messages_per_s", latencies.iter().map(|latency| latency.sent).sum::<u64>() as f64 / seconds);
         add("written_per_byte", device.0);
         add("device_per_byte", device.1);
+        add("device_still_longest_ms", still.longest.as_secs_f64() * 1e3);
+        add("device_still_percent", still.together.as_secs_f64() / seconds * 100.0);
         let peak = server.memory()?.1;
         add("peak_rss_mib", peak as f64 / f64::from(1 << 20));
         add("rss_beyond_mib", beyond_bound(peak, &info));
