@@ -7,8 +7,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -149,19 +148,25 @@ impl Looks {
             self.seen = now;
             return;
         }
+        self.close();
+        *self = Self { completed, since: (waiting > 0).then_some(now), seen: now, still: self.still };
+    }
+
+    /// Counts the time that it has stood still for by now.
+    fn close(&mut self) {
         let still = self.since.map_or(Duration::ZERO, |since| self.seen.saturating_sub(since));
         if STILL <= still {
             self.still.longest = self.still.longest.max(still);
             self.still.together += still;
         }
-        *self = Self { completed, since: (waiting > 0).then_some(now), seen: now, still: self.still };
     }
 }
 
-/// Watches the device below a folder beside a measurement: a stall there is nobody's but the machine's.
+/// Watches the device below a folder beside a measurement, until it is ended or dropped.
 #[derive(Debug)]
 pub(crate) struct StillWatch {
-    stop: Arc<AtomicBool>,
+    /// Nothing is sent: that it is gone ends the watcher.
+    stop: mpsc::Sender<()>,
     watcher: JoinHandle<Still>,
 }
 
@@ -170,16 +175,15 @@ impl StillWatch {
     pub(crate) fn of(folder: &Path) -> Result<Self, Box<dyn Error>> {
         let stats = PathBuf::from("/sys/class/block").join(device_of(folder)?).join("stat");
         std::fs::read_to_string(&stats)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopping = Arc::clone(&stop);
+        let (stop, stopped) = mpsc::channel();
         let watcher = std::thread::spawn(move || {
             let (started, mut looks) = (Instant::now(), Looks::default());
-            while !stopping.load(Ordering::Relaxed) {
+            while stopped.recv_timeout(LOOK) == Err(mpsc::RecvTimeoutError::Timeout) {
                 if let Some((completed, waiting)) = std::fs::read_to_string(&stats).ok().as_deref().and_then(requests) {
                     looks.see(started.elapsed(), completed, waiting);
                 }
-                std::thread::park_timeout(LOOK);
             }
+            looks.close();
             looks.still
         });
         Ok(Self { stop, watcher })
@@ -187,7 +191,7 @@ impl StillWatch {
 
     /// What was seen.
     pub(crate) fn end(self) -> Result<Still, Box<dyn Error>> {
-        self.stop.store(true, Ordering::Relaxed);
+        drop(self.stop);
         self.watcher.join().map_err(|_| "the watcher of the device panicked".into())
     }
 }
@@ -224,12 +228,14 @@ mod tests {
             (300, 9, 2),
             (350, 9, 2),
             (352, 10, 2),
+            (392, 10, 2), // Still so at the end.
         ];
         for (ms, completed, waiting) in looked {
             looks.see(Duration::from_millis(ms), completed, waiting);
         }
+        looks.close();
         assert_eq!(looks.still.longest, Duration::from_millis(50));
-        assert_eq!(looks.still.together, Duration::from_millis(30 + 50));
+        assert_eq!(looks.still.together, Duration::from_millis(30 + 50 + 40));
     }
 
     #[test]
