@@ -363,7 +363,7 @@ async fn serve(
     tokio::select! {
         ended = &mut server => {
             // The server ends by itself only when it failed.
-            ended??;
+            ended?;
         }
         found = corrupt.wait_for(Option::is_some) => {
             let cause = found.map(|cause| cause.clone().unwrap_or_default()).unwrap_or_default();

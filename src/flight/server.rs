@@ -1,19 +1,18 @@
 //! Listens on TCP and on a Unix-domain socket with the HTTP/2 settings of design.md section 8.
 
+use crate::flight::http2::{self, Settings};
 use crate::flight::service::{Flight, Shared};
-use crate::flight::upload::{UploadLayer, UploadLimits};
+use crate::flight::upload::{UploadLimits, UploadService};
 use crate::flight::wire::Wire;
 use crate::limits;
 use arrow_flight::flight_service_server::FlightServiceServer;
-use futures::{Stream, StreamExt};
+use futures::StreamExt;
 use std::io;
 use std::sync::Arc;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::codec::CompressionEncoding;
-use tonic::transport::Server;
 
 /// Sockets that are bound but not yet served.
 pub(crate) struct Listeners {
@@ -47,62 +46,45 @@ impl Listeners {
     }
 
     /// Serves until `stopping` becomes true and open calls have ended.
-    pub(crate) async fn serve(
-        self,
-        shared: Arc<Shared>,
-        stopping: watch::Receiver<bool>,
-    ) -> Result<(), tonic::transport::Error> {
+    pub(crate) async fn serve(self, shared: Arc<Shared>, stopping: watch::Receiver<bool>) {
         let tcp = TcpListenerStream::new(self.tcp).map(|socket| {
             socket.map(|socket| {
                 socket.set_nodelay(true).ok(); // Only latency is lost where it cannot be set.
                 Wire::new(socket)
             })
         });
-        let tcp = serve_on(tcp, Arc::clone(&shared), stopping.clone());
+        let settings = Settings {
+            stream_window_bytes: shared.config.stream_window_bytes,
+            connection_window_bytes: limits::CONNECTION_WINDOW_BYTES,
+            frame_bytes: limits::FRAME_BYTES,
+            streams_max: shared.config.streams_max,
+        };
+        let service = service(shared);
+        let tcp = http2::serve(tcp, service.clone(), settings, stopping.clone());
         match self.unix {
             Some(unix) => {
                 let unix = UnixListenerStream::new(unix).map(|socket| socket.map(Wire::new));
-                let (tcp, unix) = futures::join!(tcp, serve_on(unix, shared, stopping));
-                tcp.and(unix)
+                futures::join!(tcp, http2::serve(unix, service, settings, stopping));
             }
             None => tcp.await,
         }
     }
 }
 
-async fn serve_on<S>(
-    incoming: impl Stream<Item = io::Result<Wire<S>>>,
-    shared: Arc<Shared>,
-    mut stopping: watch::Receiver<bool>,
-) -> Result<(), tonic::transport::Error>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
+/// The RPCs, with bodies of uploads admitted before they are read.
+fn service(shared: Arc<Shared>) -> UploadService<FlightServiceServer<Flight>> {
     let config = &shared.config;
     let message_max = usize::try_from(config.message_bytes_max).unwrap_or(usize::MAX);
-    let layer = UploadLayer {
-        limits: UploadLimits {
-            pool: shared.budget.receive.clone(),
-            message_bytes_max: config.message_bytes_max,
-            stall: config.upload_stall,
-            stats: Arc::clone(&shared.stats),
-        },
+    let limits = UploadLimits {
+        pool: shared.budget.receive.clone(),
+        message_bytes_max: config.message_bytes_max,
+        stall: config.upload_stall,
+        stats: Arc::clone(&shared.stats),
     };
-    let service = FlightServiceServer::new(Flight { shared: Arc::clone(&shared) })
+    let inner = FlightServiceServer::new(Flight { shared })
         .max_decoding_message_size(message_max)
         .max_encoding_message_size(usize::MAX)
         .accept_compressed(CompressionEncoding::Gzip)
         .accept_compressed(CompressionEncoding::Deflate);
-    Server::builder()
-        .initial_stream_window_size(config.stream_window_bytes)
-        .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)
-        .max_frame_size(limits::FRAME_BYTES)
-        .max_concurrent_streams(config.streams_max)
-        .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
-        .layer(layer)
-        .add_service(service)
-        .serve_with_incoming_shutdown(incoming, async move {
-            stopping.wait_for(|stop| *stop).await.ok(); // A sender that is gone has stopped as well.
-        })
-        .await
+    UploadService { inner, limits }
 }

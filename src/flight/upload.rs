@@ -8,6 +8,7 @@
 //! ([`crate::flight::assemble`]); tonic gets an empty one in its place, and keeps the order.
 
 use crate::flight::assemble::{Assembler, Incoming};
+use crate::flight::window::RequestBody;
 use crate::ingest::admit::{Permit, Pool};
 use crate::limits;
 use crate::stats::{Station, Stats};
@@ -21,7 +22,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tonic::Status;
-use tower::{Layer, Service};
+use tower::Service;
 
 /// The only path whose body is framed here.
 const DO_PUT_PATH: &str = "/arrow.flight.protocol.FlightService/DoPut";
@@ -99,25 +100,12 @@ pub(crate) struct UploadLimits {
 
 /// Wraps the bodies of DoPut requests.
 #[derive(Debug, Clone)]
-pub(crate) struct UploadLayer {
+pub(crate) struct UploadService<S> {
+    pub(crate) inner: S,
     pub(crate) limits: UploadLimits,
 }
 
-impl<S> Layer<S> for UploadLayer {
-    type Service = UploadService<S>;
-    fn layer(&self, inner: S) -> UploadService<S> {
-        UploadService { inner, limits: self.limits.clone() }
-    }
-}
-
-/// See [`UploadLayer`].
-#[derive(Debug, Clone)]
-pub(crate) struct UploadService<S> {
-    inner: S,
-    limits: UploadLimits,
-}
-
-impl<S> Service<http::Request<tonic::body::Body>> for UploadService<S>
+impl<S> Service<http::Request<RequestBody>> for UploadService<S>
 where
     S: Service<http::Request<tonic::body::Body>>,
 {
@@ -129,9 +117,9 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: http::Request<tonic::body::Body>) -> S::Future {
+    fn call(&mut self, request: http::Request<RequestBody>) -> S::Future {
         if request.uri().path() != DO_PUT_PATH {
-            return self.inner.call(request);
+            return self.inner.call(request.map(tonic::body::Body::new));
         }
         let monitor = Arc::new(Monitor::default());
         let limits = self.limits.clone();
@@ -157,7 +145,7 @@ enum State {
 const EMPTY_MESSAGE: [u8; HEADER_BYTES] = [0; HEADER_BYTES];
 
 struct UploadBody {
-    inner: tonic::body::Body,
+    inner: RequestBody,
     limits: UploadLimits,
     monitor: Arc<Monitor>,
     header: [u8; HEADER_BYTES],
@@ -169,7 +157,7 @@ struct UploadBody {
 }
 
 impl UploadBody {
-    fn new(inner: tonic::body::Body, limits: UploadLimits, monitor: Arc<Monitor>) -> Self {
+    fn new(inner: RequestBody, limits: UploadLimits, monitor: Arc<Monitor>) -> Self {
         let stall = Box::pin(tokio::time::sleep(limits.stall));
         Self {
             inner,
@@ -289,6 +277,16 @@ impl UploadBody {
         }
     }
 
+    /// Says how much the sender may send: what this message was admitted for.
+    fn meter(&mut self) {
+        let left = match &self.state {
+            State::Header { .. } | State::Claim { .. } => 0,
+            State::Compressed { left } => *left,
+            State::Message { assembler, .. } => assembler.left() as u64,
+        };
+        self.inner.want(left);
+    }
+
     fn restart_stall_clock(&mut self) {
         let at = tokio::time::Instant::now() + self.limits.stall;
         self.stall.as_mut().reset(at);
@@ -311,10 +309,12 @@ impl Body for UploadBody {
                 Ok(Some(bytes)) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
                 Ok(None) => {}
                 Err(status) => {
+                    this.inner.want(0);
                     this.monitor.note_end(UploadEnd::Broken);
                     return Poll::Ready(Some(Err(status)));
                 }
             }
+            this.meter();
             match Pin::new(&mut this.inner).poll_frame(cx) {
                 Poll::Pending if this.stalled(cx) => {
                     this.monitor.note_end(UploadEnd::Broken);
@@ -329,9 +329,9 @@ impl Body for UploadBody {
                         Err(_trailers) => this.end_stream = true,
                     }
                 }
-                Poll::Ready(Some(Err(status))) => {
+                Poll::Ready(Some(Err(error))) => {
                     this.monitor.note_end(UploadEnd::Broken);
-                    return Poll::Ready(Some(Err(status)));
+                    return Poll::Ready(Some(Err(Status::from_error(Box::new(error)))));
                 }
                 Poll::Ready(None) => {
                     this.end_stream |= this.inner.is_end_stream();

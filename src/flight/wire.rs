@@ -9,12 +9,11 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tonic::transport::server::Connected;
 
 /// Writes below this many bytes wait for their turn. Answers have some fifty; rows of a DoGet are far above.
 const SMALL_WRITE_BYTES: usize = 1024;
 
-/// A connection: `connect_info` runs once for it and is cloned into every request, whatever the socket is.
+/// A connection.
 pub(super) struct Wire<S> {
     socket: S,
     connection: Connection,
@@ -27,6 +26,11 @@ impl<S> Wire<S> {
         Self { socket, connection: Connection::default(), yielded: false }
     }
 
+    /// What all requests of the connection share, whatever the socket is.
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
     /// Whether a write of so many bytes is put off; the task is woken again behind all that are ready now.
     fn puts_off(&mut self, bytes: usize, cx: &Context<'_>) -> bool {
         let puts_off = bytes < SMALL_WRITE_BYTES && !self.yielded;
@@ -35,13 +39,6 @@ impl<S> Wire<S> {
             cx.waker().wake_by_ref();
         }
         puts_off
-    }
-}
-
-impl<S> Connected for Wire<S> {
-    type ConnectInfo = Connection;
-    fn connect_info(&self) -> Connection {
-        self.connection.clone()
     }
 }
 

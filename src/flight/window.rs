@@ -1,0 +1,469 @@
+//! How much of a stream's window a sender gets, and when: HTTP/2's back-pressure, given out by message and in turns.
+//!
+//! Guarantees: on a connection of few uploads, senders have their whole windows. Of more, a sender may always begin a message ([`UNASKED_BYTES`]), and whole small ones; of a larger one it may
+//! send what was admitted, when it is its stream's turn. Streams of a connection that have a turn have no more
+//! under way than stays in the processor's caches ([`TURN_BYTES`]); turns are had in the order they were asked for, and
+//! one that its sender lets pass ([`TURN_PASSES`]) goes to the next. So no stream stands still.
+//!
+//! Without it a thousand topics that send as fast as they can have their windows (256 MiB) lie in the server: each byte is
+//! then met twice when it has long left the caches.
+
+use bytes::Bytes;
+use h2::RecvStream;
+use http_body::{Body, Frame};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep, sleep};
+
+/// What a stream may send before it is admitted: small messages whole, and of larger ones the head, which says how
+/// large they are. A thousand streams have 16 MiB of it.
+const UNASKED_BYTES: usize = 16 << 10;
+
+/// What the streams of one connection that have a turn may send, together. Twice what a core has to itself:
+/// half of it is on its way. Four streams with windows of 256 KiB never wait.
+const TURN_BYTES: usize = 2 << 20;
+
+/// A turn in which nothing comes for so long is over.
+const TURN_PASSES: Duration = Duration::from_millis(250);
+
+/// The turns of a connection's streams.
+#[derive(Debug, Clone)]
+pub(super) struct Turns {
+    free: Arc<Semaphore>,
+    /// Streams whose bodies come by message.
+    uploads: Arc<AtomicUsize>,
+}
+
+impl Turns {
+    /// Of a connection without streams.
+    pub(super) fn new() -> Self {
+        Self { free: Arc::new(Semaphore::new(TURN_BYTES)), uploads: Arc::default() }
+    }
+
+    /// Whether the windows of all uploads are more than turns allow. Few streams would stand still between their
+    /// messages, and gain nothing.
+    fn are_needed(&self, window_bytes: usize) -> bool {
+        TURN_BYTES < self.uploads.load(Ordering::Relaxed).saturating_mul(window_bytes)
+    }
+
+    /// Waits for a turn of so many bytes.
+    fn claim(&self, bytes: usize) -> Claim {
+        let bytes = u32::try_from(bytes.min(TURN_BYTES)).unwrap_or(u32::MAX);
+        Box::pin(Arc::clone(&self.free).acquire_many_owned(bytes))
+    }
+}
+
+type Claim = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+
+/// What a sender may send, and what was taken of it, in bytes.
+#[derive(Debug, PartialEq, Eq)]
+struct Window {
+    size: usize,
+    /// May still come, or is here and not yet taken.
+    open: usize,
+    /// Taken, and not yet given back to the sender.
+    held: usize,
+}
+
+impl Window {
+    fn new(size: usize) -> Self {
+        Self { size, open: size, held: 0 }
+    }
+
+    fn take(&mut self, bytes: usize) {
+        self.open = self.open.saturating_sub(bytes);
+        self.held += bytes;
+    }
+
+    /// What to give back if so much is wanted. What can come already needs no more than the beginning of the next
+    /// message behind it. A little at a time is not worth it, unless it is much to the sender.
+    fn due(&self, wanted: u64) -> usize {
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+        let most = if wanted <= self.open { UNASKED_BYTES } else { wanted.saturating_add(UNASKED_BYTES) };
+        let most = most.min(self.size);
+        let due = most.saturating_sub(self.open).min(self.held);
+        if due >= UNASKED_BYTES || due > self.open / 2 { due } else { 0 }
+    }
+
+    /// How much of what is due needs a turn.
+    fn in_turn(&self, due: usize) -> usize {
+        (self.open + due).saturating_sub(self.open.max(UNASKED_BYTES))
+    }
+
+    fn give(&mut self, bytes: usize) {
+        self.open += bytes;
+        self.held -= bytes;
+    }
+
+    /// The most that a turn is still good for.
+    fn turn_left(&self) -> usize {
+        self.open.saturating_sub(UNASKED_BYTES)
+    }
+}
+
+/// A turn that is had.
+#[derive(Debug)]
+struct Turn {
+    permit: OwnedSemaphorePermit,
+    passes: Pin<Box<Sleep>>,
+}
+
+impl Turn {
+    /// Begins with what was claimed.
+    fn new(permit: OwnedSemaphorePermit) -> Self {
+        Self { permit, passes: Box::pin(sleep(TURN_PASSES)) }
+    }
+
+    /// Gives back what goes beyond `left`; whether it is over.
+    fn shrink_to(&mut self, left: usize) -> bool {
+        let excess = self.permit.num_permits().saturating_sub(left);
+        drop(self.permit.split(excess));
+        self.passes.as_mut().reset(Instant::now() + TURN_PASSES);
+        self.permit.num_permits() == 0
+    }
+}
+
+/// A request's body, as it comes from the connection.
+pub(super) struct RequestBody {
+    stream: RecvStream,
+    window: Window,
+    /// `None`: nobody says, and the sender has all of its window.
+    wanted: Option<u64>,
+    turns: Turns,
+    claim: Option<Claim>,
+    turn: Option<Turn>,
+    /// The data are over; trailers may follow.
+    is_over: bool,
+}
+
+impl RequestBody {
+    /// Of a stream whose sender begins with a window of so many bytes.
+    pub(super) fn new(stream: RecvStream, window_bytes: u32, turns: Turns) -> Self {
+        let window = Window::new(usize::try_from(window_bytes).unwrap_or(usize::MAX));
+        Self { stream, window, wanted: None, turns, claim: None, turn: None, is_over: false }
+    }
+
+    /// Says that so many more bytes of an admitted message can be taken, none between messages. Until it is said for
+    /// the first time, any number can. Turns are for messages: between them, or when no more is taken, others have them.
+    pub(super) fn want(&mut self, bytes: u64) {
+        if self.wanted.replace(bytes).is_none() {
+            self.turns.uploads.fetch_add(1, Ordering::Relaxed);
+        }
+        if bytes == 0 {
+            (self.claim, self.turn) = (None, None);
+        }
+    }
+
+    /// Gives the sender what is wanted of it, as soon as it is this stream's turn.
+    fn give(&mut self, cx: &mut Context<'_>) -> Result<(), h2::Error> {
+        let wanted = self.wanted.filter(|_| self.turns.are_needed(self.window.size));
+        let due = self.window.due(wanted.unwrap_or(u64::MAX));
+        let in_turn = if wanted.is_some() { self.window.in_turn(due) } else { 0 };
+        if in_turn > 0 {
+            let claim = self.claim.get_or_insert_with(|| self.turns.claim(in_turn));
+            let Poll::Ready(permit) = claim.as_mut().poll(cx) else { return Ok(()) };
+            self.claim = None;
+            match (&mut self.turn, permit) {
+                (Some(turn), Ok(more)) => turn.permit.merge(more),
+                (turn, permit) => *turn = permit.ok().map(Turn::new), // The turns are never closed.
+            }
+        }
+        self.window.give(due);
+        // Also nothing: h2 keeps what is less than half of what the sender still has, and looks at it again here.
+        self.stream.flow_control().release_capacity(due)
+    }
+
+    /// Notes what came.
+    fn take(&mut self, bytes: usize) {
+        self.window.take(bytes);
+        self.wanted = self.wanted.map(|wanted| wanted.saturating_sub(bytes as u64));
+        if self.turn.as_mut().is_some_and(|turn| turn.shrink_to(self.window.turn_left())) {
+            self.turn = None;
+        }
+    }
+
+    /// Ends a turn in which nothing came for too long.
+    fn pass(&mut self, cx: &mut Context<'_>) {
+        if self.turn.as_mut().is_some_and(|turn| turn.passes.as_mut().poll(cx).is_ready()) {
+            self.turn = None;
+        }
+    }
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        if self.wanted.is_some() {
+            self.turns.uploads.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = h2::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+        let this = &mut *self;
+        if !this.is_over {
+            this.give(cx)?;
+            match this.stream.poll_data(cx) {
+                Poll::Ready(Some(Ok(data))) => {
+                    this.take(data.len());
+                    this.give(cx)?; // The sender goes on while these bytes are looked at.
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    this.want(0);
+                    return Poll::Ready(Some(Err(error)));
+                }
+                Poll::Ready(None) => {
+                    this.want(0);
+                    this.is_over = true;
+                }
+                Poll::Pending => {
+                    this.pass(cx);
+                    return Poll::Pending;
+                }
+            }
+        }
+        let trailers = ready!(this.stream.poll_trailers(cx))?;
+        Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.stream.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use storage::sim::Random;
+
+    const SIZE: usize = 256 << 10;
+
+    #[test]
+    fn a_sender_gets_what_is_wanted_and_the_beginning_of_the_next_message() {
+        const U: usize = UNASKED_BYTES;
+        let check = |open: usize, wanted: u64, expected: (usize, usize), why: &str| {
+            let window = Window { size: SIZE, open, held: SIZE - open };
+            let due = window.due(wanted);
+            assert_eq!((due, window.in_turn(due)), expected, "{open} open, {wanted} wanted: {why}");
+        };
+        check(SIZE, 0, (0, 0), "all of it is open");
+        check(SIZE, u64::MAX, (0, 0), "all of it is open");
+        check(U, 0, (0, 0), "between messages");
+        check(0, 0, (U, 0), "the beginning needs no turn");
+        check(U / 4, 0, (U - U / 4, 0), "nor does the rest of it");
+        check(U * 3 / 4, 0, (0, 0), "too little for a frame");
+        check(U, 100_000, (100_000, 100_000), "the message");
+        check(U / 2, 100_000, (100_000 + U / 2, 100_000), "the message and the next one's beginning");
+        check(U, 4000, (0, 0), "what is open is enough");
+        check(U / 4, 900, (U - U / 4, 0), "small messages need no turn");
+        check(100_000, 120_000, (20_000 + U, 20_000 + U), "what the message needs beyond what is open");
+        check(100_000, 100_010, (U + 10, U + 10), "a little, and the beginning of the next");
+        check(SIZE - 1000, u64::MAX, (0, 0), "little at a time");
+        check(U, 8 << 20, (SIZE - U, SIZE - U), "never more than the window");
+        check(0, u64::MAX, (SIZE, SIZE - U), "as much as there is");
+    }
+
+    #[test]
+    fn no_stream_stands_still_whatever_its_messages_and_pieces() {
+        let mut random = Random::new(11);
+        for round in 0..200 {
+            let mut window = Window::new(SIZE);
+            let largest = [50, 20_000, 300_000, 3_000_000][usize::try_from(round % 4).expect("small")];
+            for _ in 0..30 {
+                let mut left = 1 + random.below(largest);
+                while left > 0 {
+                    window.give(window.due(left));
+                    assert_eq!(window.open + window.held, SIZE);
+                    assert!(window.open > 0, "{left} bytes left, and the sender may send none");
+                    let piece = left.min(1 + random.below(window.open as u64));
+                    window.take(usize::try_from(piece).expect("a piece"));
+                    left -= piece;
+                }
+                window.give(window.due(0));
+                assert!(window.open > UNASKED_BYTES / 2, "a small message can begin");
+            }
+        }
+    }
+
+    /// Streams of one connection that has so many `others`: their senders, and what comes of them.
+    async fn streams(count: usize, others: usize) -> (Vec<h2::SendStream<Bytes>>, Vec<RequestBody>) {
+        let (near, far) = tokio::io::duplex(64 << 10);
+        let accept = async {
+            let mut builder = h2::server::Builder::new();
+            builder.initial_window_size(SIZE as u32).initial_connection_window_size((1 << 31) - 1);
+            let mut connection = builder.handshake::<_, Bytes>(far).await.expect("a server");
+            let turns = Turns::new();
+            turns.uploads.store(others, Ordering::Relaxed);
+            let (mut bodies, mut answers) = (Vec::new(), Vec::new());
+            while bodies.len() < count {
+                let (request, answer) = connection.accept().await.expect("a stream").expect("a request");
+                bodies.push(RequestBody::new(request.into_body(), SIZE as u32, turns.clone()));
+                answers.push(answer);
+            }
+            tokio::spawn(async move {
+                let _answers = answers;
+                while connection.accept().await.is_some() {}
+            });
+            bodies
+        };
+        let send = async {
+            let (mut requests, connection) = h2::client::handshake(near).await.expect("a client");
+            tokio::spawn(connection);
+            let (mut senders, mut answers) = (Vec::new(), Vec::new());
+            for _ in 0..count {
+                requests = requests.ready().await.expect("room for a stream");
+                let request = http::Request::post("http://box/").body(()).expect("a request");
+                let (answer, sender) = requests.send_request(request, false).expect("sent");
+                senders.push(sender);
+                answers.push(answer);
+            }
+            tokio::spawn(futures::future::join_all(answers));
+            senders
+        };
+        futures::join!(send, accept)
+    }
+
+    async fn room(sender: &mut h2::SendStream<Bytes>, bytes: usize) {
+        sender.reserve_capacity(bytes);
+        while sender.capacity() < bytes {
+            std::future::poll_fn(|cx| sender.poll_capacity(cx)).await.expect("open").expect("room");
+        }
+    }
+
+    async fn frame(body: &mut RequestBody) -> usize {
+        let frame = std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await;
+        frame.expect("more").expect("a frame").into_data().expect("data").len()
+    }
+
+    /// Takes so many bytes, then waits for more.
+    async fn take(mut body: RequestBody, message: usize) {
+        let mut left = message;
+        while left > 0 {
+            body.want(left as u64);
+            left = left.saturating_sub(frame(&mut body).await);
+        }
+    }
+
+    /// Streams that would have the turns three times over.
+    const STOPPED: usize = 3 * TURN_BYTES / SIZE;
+
+    /// Sends the first half of messages of two windows, and takes it.
+    async fn stop_half_way(senders: &mut [h2::SendStream<Bytes>], bodies: Vec<RequestBody>) {
+        for sender in senders {
+            room(sender, SIZE).await;
+            sender.send_data(vec![7; SIZE].into(), false).expect("sent");
+        }
+        for body in bodies {
+            tokio::spawn(take(body, 2 * SIZE));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_that_its_sender_lets_pass_goes_to_the_next() {
+        // All stop in the middle of their messages.
+        let (mut senders, bodies) = streams(STOPPED, 0).await;
+        stop_half_way(&mut senders, bodies).await;
+        let begun = Instant::now();
+        let waits = senders.iter_mut().map(async |sender| {
+            room(sender, SIZE / 2).await;
+            begun.elapsed()
+        });
+        let waits = futures::future::join_all(waits).await;
+        let at_once = waits.iter().filter(|wait| wait.is_zero()).count();
+        assert!((1..STOPPED).contains(&at_once), "turns are for some: {at_once}");
+        let longest = waits.iter().max().expect("one");
+        assert!((TURN_PASSES..TURN_PASSES * 10).contains(longest), "{longest:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_without_a_turn_still_takes_small_messages() {
+        let (mut senders, mut bodies) = streams(STOPPED + 1, 0).await;
+        let (mut slow, mut small) = (senders.pop().expect("one"), bodies.pop().expect("one"));
+        stop_half_way(&mut senders, bodies).await;
+        let begun = Instant::now();
+        for _ in 0..1000 {
+            room(&mut slow, 900).await;
+            slow.send_data(vec![7; 900].into(), false).expect("sent");
+            small.want(900);
+            assert_eq!(frame(&mut small).await, 900);
+            small.want(0);
+        }
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lone_upload_has_its_whole_window_also_between_messages() {
+        for (others, whole) in [(0, true), (100, false)] {
+            let (mut senders, mut bodies) = streams(1, others).await;
+            let (mut sender, mut body) = (senders.pop().expect("one"), bodies.pop().expect("one"));
+            room(&mut sender, SIZE).await;
+            sender.send_data(vec![7; SIZE].into(), false).expect("sent");
+            let mut left = SIZE;
+            while left > 0 {
+                body.want(left as u64);
+                left -= frame(&mut body).await;
+            }
+            body.want(0);
+            assert!(futures::poll!(std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx))).is_pending());
+            let room = tokio::time::timeout(TURN_PASSES, room(&mut sender, SIZE / 2)).await;
+            assert_eq!(room.is_ok(), whole, "beside {others} others");
+            let turns = body.turns.clone();
+            drop(body);
+            assert_eq!(turns.uploads.load(Ordering::Relaxed), others);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_is_given_up_leaves_its_turn_to_others() {
+        let (mut senders, mut bodies) = streams(1, 100).await;
+        let (mut sender, mut body) = (senders.pop().expect("one"), bodies.pop().expect("one"));
+        room(&mut sender, SIZE).await;
+        sender.send_data(vec![7; SIZE].into(), false).expect("sent");
+        let turns = body.turns.clone();
+        let mut left = 2 * SIZE;
+        while left > SIZE {
+            body.want(left as u64);
+            left -= frame(&mut body).await;
+        }
+        assert!(turns.free.available_permits() < TURN_BYTES, "a message is half here");
+        body.want(0);
+        assert_eq!(turns.free.available_permits(), TURN_BYTES);
+        // One that waits for its turn while there is none.
+        let all = turns.claim(TURN_BYTES).await.expect("all turns");
+        body.want(SIZE as u64);
+        assert!(futures::poll!(std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx))).is_pending());
+        sender.send_reset(h2::Reason::CANCEL);
+        let end = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.expect("an end");
+        assert!(end.is_err());
+        drop(all);
+        assert_eq!(turns.free.available_permits(), TURN_BYTES);
+    }
+
+    #[tokio::test]
+    async fn a_hundred_streams_that_send_at_once_all_arrive() {
+        const BYTES: usize = 1_000_000;
+        let (senders, bodies) = streams(100, 0).await;
+        for mut sender in senders {
+            tokio::spawn(async move {
+                let mut left = BYTES;
+                while left > 0 {
+                    room(&mut sender, 1).await;
+                    sender.reserve_capacity(left);
+                    let piece = sender.capacity().min(left);
+                    sender.send_data(vec![7; piece].into(), left == piece).expect("sent");
+                    left -= piece;
+                }
+            });
+        }
+        futures::future::join_all(bodies.into_iter().map(|body| take(body, BYTES))).await;
+    }
+}
