@@ -1,12 +1,12 @@
 //! HTTP/2 connections: their streams become calls of the service, and its answers go back.
 //!
-//! Guarantees: a peer that is gone is noticed within [`KEEPALIVE`] and [`KEEPALIVE_WAIT`]; a call whose stream is reset
+//! Guarantees: a peer that is gone is noticed within twice [`KEEPALIVE`] and [`KEEPALIVE_WAIT`]; a call whose stream is reset
 //! is dropped, so a client's deadline is its own; on shutdown the streams that are open end, and no more begin. Written on h2 itself: hyper gives a
 //! sender its window back as soon as bytes are read, and [`crate::flight::window`] says when.
 
 use crate::flight::dialect::Connection;
 use crate::flight::window::{RequestBody, Turns};
-use crate::flight::wire::Wire;
+use crate::flight::wire::{Heard, Wire};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use h2::server::SendResponse;
@@ -89,7 +89,7 @@ where
     C: Service<Request<RequestBody>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
     C::Future: Send,
 {
-    let history = socket.connection().clone();
+    let (history, heard) = (socket.connection().clone(), socket.heard());
     let turns = Turns::new();
     let mut builder = h2::server::Builder::new();
     builder
@@ -105,12 +105,20 @@ where
         tracing::debug!("a connection does not speak HTTP/2");
         return;
     };
-    let mut lost = pin!(is_lost(connection.ping_pong()));
+    let mut lost = pin!(is_lost(connection.ping_pong(), heard));
     let mut stopped = pin!(stopped(stopping));
     let mut is_stopping = false;
     loop {
         tokio::select! {
             biased;
+            () = &mut stopped, if !is_stopping => {
+                connection.graceful_shutdown();
+                is_stopping = true;
+            }
+            () = &mut lost => {
+                tracing::debug!("a peer is gone");
+                return;
+            }
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
                     tokio::spawn(answer(request, respond, service.clone(), history.clone(), settings, turns.clone()));
@@ -121,14 +129,6 @@ where
                 }
                 None => return,
             },
-            () = &mut stopped, if !is_stopping => {
-                connection.graceful_shutdown();
-                is_stopping = true;
-            }
-            () = &mut lost => {
-                tracing::debug!("a peer is gone");
-                return;
-            }
         }
     }
 }
@@ -138,20 +138,27 @@ async fn stopped(mut stopping: watch::Receiver<bool>) {
     stopping.wait_for(|stop| *stop).await.ok();
 }
 
-/// Ends when the peer did not answer in time.
-async fn is_lost(pings: Option<PingPong>) {
+/// Ends when the peer has said nothing for [`KEEPALIVE`], and then neither answered a ping in [`KEEPALIVE_WAIT`] nor said
+/// anything else: over a slow line the answer waits behind all that is being sent.
+async fn is_lost(pings: Option<PingPong>, heard: Heard) {
     let Some(mut pings) = pings else { return std::future::pending().await };
+    let mut is_asked = false;
     loop {
+        let before = heard.reads();
         tokio::time::sleep(KEEPALIVE).await;
-        let answered = async {
-            pings.send_ping(Ping::opaque())?;
-            poll_fn(|cx| pings.poll_pong(cx)).await
-        };
-        match tokio::time::timeout(KEEPALIVE_WAIT, answered).await {
-            Ok(Ok(_)) => {}
-            // The connection itself says what broke.
+        if heard.reads() != before {
+            continue;
+        }
+        // The connection itself says what broke.
+        if !is_asked && pings.send_ping(Ping::opaque()).is_err() {
+            return std::future::pending().await;
+        }
+        is_asked = true;
+        match tokio::time::timeout(KEEPALIVE_WAIT, poll_fn(|cx| pings.poll_pong(cx))).await {
+            Ok(Ok(_)) => is_asked = false,
             Ok(Err(_)) => return std::future::pending().await,
-            Err(_) => return,
+            Err(_) if heard.reads() == before => return,
+            Err(_) => {}
         }
     }
 }
@@ -271,6 +278,9 @@ mod tests {
         streams_max: 8,
     };
 
+    /// RFC 9113, 3.4: the preface, and SETTINGS without any.
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
     /// Serves one connection with `answer`; returns its other end, what stops the server, and the server.
     fn server<A, F>(answer: A) -> (DuplexStream, watch::Sender<bool>, JoinHandle<()>)
     where
@@ -370,11 +380,26 @@ mod tests {
     async fn a_peer_that_does_not_answer_is_noticed() {
         let (mut socket, _stop, _server) = server(std::future::pending);
         let begun = Instant::now();
-        // RFC 9113, 3.4: the preface, and SETTINGS without any.
-        socket.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
+        socket.write_all(PREFACE).await.expect("sent");
         let mut said = Vec::new();
         socket.read_to_end(&mut said).await.expect("the end");
-        assert!((KEEPALIVE..=KEEPALIVE + KEEPALIVE_WAIT).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+        assert!((KEEPALIVE..=2 * KEEPALIVE + KEEPALIVE_WAIT).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_sends_and_has_no_room_to_answer_stays() {
+        let (mut socket, _stop, server) = server(std::future::pending);
+        socket.write_all(PREFACE).await.expect("sent");
+        // Frames of an unknown type (RFC 9113, 4.1) are ignored.
+        for round in 0..60 {
+            let pause = if round % 2 == 0 { KEEPALIVE / 2 } else { KEEPALIVE + KEEPALIVE_WAIT / 2 };
+            tokio::time::sleep(pause).await;
+            socket.write_all(b"\0\0\0\x77\0\0\0\0\0").await.expect("sent");
+        }
+        assert!(!server.is_finished());
+        let begun = Instant::now();
+        socket.read_to_end(&mut Vec::new()).await.expect("the end");
+        assert!(begun.elapsed() <= 2 * KEEPALIVE + KEEPALIVE_WAIT, "{:?}", begun.elapsed());
     }
 
     #[tokio::test(start_paused = true)]

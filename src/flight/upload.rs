@@ -292,7 +292,11 @@ impl UploadBody {
         self.stall.as_mut().reset(at);
     }
 
-    fn stalled(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Whether the sender let too much time pass. While it may not send, time does not count.
+    fn stalled(&mut self, waited_for_turn: bool, cx: &mut Context<'_>) -> bool {
+        if waited_for_turn || self.inner.waits_for_turn() {
+            self.restart_stall_clock();
+        }
         matches!(self.state, State::Message { .. } | State::Compressed { .. })
             && self.stall.as_mut().poll(cx).is_ready()
     }
@@ -315,8 +319,9 @@ impl Body for UploadBody {
                 }
             }
             this.meter();
+            let waited_for_turn = this.inner.waits_for_turn();
             match Pin::new(&mut this.inner).poll_frame(cx) {
-                Poll::Pending if this.stalled(cx) => {
+                Poll::Pending if this.stalled(waited_for_turn, cx) => {
                     this.monitor.note_end(UploadEnd::Broken);
                     let text = format!("a message made no progress for {:?} (setting upload_stall)", this.limits.stall);
                     return Poll::Ready(Some(Err(Status::deadline_exceeded(text))));
@@ -348,5 +353,40 @@ impl Body for UploadBody {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flight::window::tests::{SIZE, all_turns, room, streams};
+    use arrow_flight::FlightData;
+    use prost::Message;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sender_that_waits_for_its_turn_does_not_stall_and_one_that_stops_does() {
+        const STALL: Duration = Duration::from_secs(1);
+        let (mut senders, mut bodies) = streams(1, 100).await;
+        let (mut sender, body) = (senders.pop().expect("one"), bodies.pop().expect("one"));
+        let turns = all_turns(&body).await;
+        let limits = UploadLimits {
+            pool: Pool::new(64 << 20),
+            message_bytes_max: 32 << 20,
+            stall: STALL,
+            stats: Arc::default(),
+        };
+        let mut body = UploadBody::new(body, limits, Arc::default());
+        let message = FlightData { data_body: vec![7; 2 * SIZE].into(), ..Default::default() }.encode_to_vec();
+        let length = u32::try_from(message.len()).expect("short").to_be_bytes();
+        let mut bytes = Bytes::from([&[0], &length[..], &message].concat());
+        room(&mut sender, SIZE).await;
+        sender.send_data(bytes.split_to(SIZE), false).expect("sent");
+        let mut next = async || std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
+        assert!(tokio::time::timeout(STALL * 10, next()).await.is_err(), "it waits");
+        drop(turns);
+        let begun = tokio::time::Instant::now();
+        let refused = next().await.expect("an end").expect_err("the sender stopped");
+        assert_eq!(refused.code(), tonic::Code::DeadlineExceeded);
+        assert!((STALL..STALL * 2).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     }
 }

@@ -7,28 +7,49 @@
 use crate::flight::dialect::Connection;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Writes below this many bytes wait for their turn. Answers have some fifty; rows of a DoGet are far above.
 const SMALL_WRITE_BYTES: usize = 1024;
 
+/// Whether a peer says anything.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Heard {
+    reads: Arc<AtomicU64>,
+}
+
+impl Heard {
+    /// Grows with whatever comes.
+    pub(super) fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
+    }
+}
+
 /// A connection.
 pub(super) struct Wire<S> {
     socket: S,
     connection: Connection,
+    heard: Heard,
     /// Others have had their turn before the write that is due.
     yielded: bool,
 }
 
 impl<S> Wire<S> {
     pub(super) fn new(socket: S) -> Self {
-        Self { socket, connection: Connection::default(), yielded: false }
+        Self { socket, connection: Connection::default(), heard: Heard::default(), yielded: false }
     }
 
     /// What all requests of the connection share, whatever the socket is.
     pub(super) fn connection(&self) -> &Connection {
         &self.connection
+    }
+
+    /// What comes from the peer, to be looked at later.
+    pub(super) fn heard(&self) -> Heard {
+        self.heard.clone()
     }
 
     /// Whether a write of so many bytes is put off; the task is woken again behind all that are ready now.
@@ -44,7 +65,12 @@ impl<S> Wire<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.socket).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            self.heard.reads.fetch_add(1, Ordering::Relaxed);
+        }
+        read
     }
 }
 
