@@ -1,8 +1,9 @@
 //! HTTP/2 connections: their streams become calls of the service, and its answers go back.
 //!
-//! Guarantees: a peer that is gone is noticed within twice [`KEEPALIVE`] and [`KEEPALIVE_WAIT`]; a call whose stream is reset
-//! is dropped, so a client's deadline is its own; on shutdown the streams that are open end, and no more begin. Written on h2 itself: hyper gives a
-//! sender its window back as soon as bytes are read, and [`crate::flight::window`] says when.
+//! Guarantees: a peer that is gone is noticed within twice [`KEEPALIVE`] and [`KEEPALIVE_WAIT`]; a call whose stream is
+//! reset is dropped, so a client's deadline is its own; on shutdown the streams that are open end, and no more begin.
+//! Written on h2 itself: hyper gives a sender its window back as soon as bytes are read; here
+//! [`crate::flight::window`] says when.
 
 use crate::flight::dialect::Connection;
 use crate::flight::window::{RequestBody, Turns};
@@ -25,11 +26,11 @@ use tokio::task::JoinSet;
 use tonic::body::Body;
 use tower::Service;
 
-/// How often a peer is asked whether it is there.
+/// A peer that says nothing for so long is asked whether it is there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// How long it may take to say so, or to begin a connection.
 const KEEPALIVE_WAIT: Duration = Duration::from_secs(20);
-/// How long no connection is taken after one could not be: the process is out of file descriptors.
+/// How long no connection is taken after one could not be, as when the process is out of file descriptors.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// Request headers of a stream, in bytes.
 const HEADERS_BYTES_MAX: u32 = 16 << 10;

@@ -1,12 +1,13 @@
 //! How much of a stream's window a sender gets, and when: HTTP/2's back-pressure, given out by message and in turns.
 //!
-//! Guarantees: on a connection of few uploads, senders have their whole windows. Of more, a sender may always begin a message ([`UNASKED_BYTES`]), and whole small ones; of a larger one it may
-//! send what was admitted, when it is its stream's turn. Streams of a connection that have a turn have no more
-//! under way than stays in the processor's caches ([`TURN_BYTES`]); turns are had in the order they were asked for, and
-//! one that takes too long ([`TURN_PASSES`]) goes to the next. So no stream stands still.
+//! Guarantees: on a connection of few uploads, senders have their whole windows. On others, a sender may always begin a
+//! message ([`UNASKED_BYTES`]), and send whole small ones; of a larger one it may send what was admitted, when it is its
+//! stream's turn. All turns of a connection together are about as much as stays in a processor's caches
+//! ([`TURN_BYTES`]); they are had in the order they were asked for, and one that takes too long ([`TURN_PASSES`]) goes to
+//! the next. So no stream stands still.
 //!
-//! Without it a thousand topics that send as fast as they can have their windows (256 MiB) lie in the server: each byte is
-//! then met twice when it has long left the caches.
+//! Without it a thousand topics that send as fast as they can have their windows (256 MiB) lie in the server, and most
+//! bytes have left the caches by the time they are looked at.
 
 use bytes::Bytes;
 use h2::RecvStream;
@@ -25,7 +26,7 @@ use tokio::time::{Instant, Sleep, sleep};
 const UNASKED_BYTES: usize = 16 << 10;
 
 /// What the streams of one connection that have a turn may send, together. Twice what a core has to itself:
-/// half of it is on its way. Four streams with windows of 256 KiB never wait.
+/// half of it is on its way. Eight uploads with windows of 256 KiB need no turns.
 const TURN_BYTES: usize = 2 << 20;
 
 /// A turn is over after so long, whatever its sender still has of it: a thousand times what it takes over a fast line.
@@ -162,7 +163,7 @@ impl RequestBody {
         self.leave_turns_if_done();
     }
 
-    /// Whether the sender has nothing left to send because it is the turn of others.
+    /// Whether the sender may not go on because it is the turn of others.
     pub(super) fn waits_for_turn(&self) -> bool {
         self.claim.is_some()
     }
