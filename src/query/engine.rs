@@ -6,29 +6,24 @@
 
 use crate::limits;
 use crate::ontology::{Registry, nearest};
+use crate::query::answer::{Answer, Cost, Found, Hit, Item, Times, add_hit, combine, found, intervals_by_sequence};
 use crate::query::names::{int_satisfies, text_satisfies, topic_name_satisfies};
 use crate::query::plan::{Bound, Verdict, bind, resolve};
-use crate::query::refine::matching;
-use crate::query::times::{Builder, Interval, Range, Runs, intersect, union};
-use crate::query::{Content, Expr, Filter, Query, QueryError};
-use arrow::array::AsArray;
-use arrow::datatypes::Int64Type;
+use crate::query::rows::Rows;
+use crate::query::times::{Builder, Interval, Range, Runs, intersect};
+use crate::query::{Content, Expr, Filter, Query, QueryError, Result, aside};
 use futures::{StreamExt, TryStreamExt};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use storage::StorageError;
 use storage::catalog::records::{SequenceRecord, TopicRecord};
 use storage::catalog::skip::{SkipCursor, unfolded_topics};
 use storage::catalog::{Catalog, Look, View};
 use storage::chunk::record::SkipRecord;
-use storage::ids::{SequenceId, TopicNo};
+use storage::ids::TopicNo;
 use storage::ontology::Ontology;
-use storage::read::{Loader, Place, TopicView, Window};
-use storage::schema::{TIME_COLUMN, parquet_leaves};
-
-type Result<T> = std::result::Result<T, QueryError>;
+use storage::read::{Loader, TopicView, Window};
 
 /// What questions are asked of. Cheap to clone.
 #[derive(Clone)]
@@ -39,79 +34,11 @@ pub(crate) struct Engine {
     pub(crate) data_dir: PathBuf,
 }
 
-/// What an answer cost.
-#[derive(Debug, Default)]
-pub(crate) struct Cost {
-    /// Topics whose index was looked at.
-    pub(crate) topics: AtomicU64,
-    /// Chunks of them.
-    pub(crate) chunks: AtomicU64,
-    /// Chunks without a matching row, by the index alone.
-    pub(crate) ruled_out: AtomicU64,
-    /// Chunks of which every row matches, by the index alone.
-    pub(crate) proven: AtomicU64,
-    /// Chunks of which columns were read.
-    pub(crate) read: AtomicU64,
-    /// Bytes read from segments.
-    pub(crate) bytes_read: AtomicU64,
-    /// Bytes that the recordings asked have in segments, all topics; counted where it is to be explained.
-    pub(crate) bytes_stored: AtomicU64,
-}
-
-impl Cost {
-    fn add(counter: &AtomicU64, count: u64) {
-        counter.fetch_add(count, Ordering::Relaxed);
-    }
-}
-
-/// A topic in an answer.
-#[derive(Debug, Clone)]
-pub(crate) struct Hit {
-    pub(crate) topic: TopicRecord,
-    /// Runs of matching rows, where they were asked for.
-    pub(crate) intervals: Vec<Interval>,
-    /// First and last time of matching rows, where it was asked for.
-    pub(crate) range: Option<Interval>,
-}
-
-/// What is to be found out about the times of matching rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Times {
-    Nothing,
-    Range,
-    Intervals,
-}
-
-/// A sequence in an answer.
-#[derive(Debug)]
-pub(crate) struct Item {
-    pub(crate) sequence: SequenceRecord,
-    pub(crate) topics: Vec<Hit>,
-    /// Where the matching rows of all tags coincide, where intervals were asked for.
-    pub(crate) windows: Vec<Interval>,
-}
-
-/// An answer.
-#[derive(Debug)]
-pub(crate) struct Answer {
-    pub(crate) items: Vec<Item>,
-    /// Something was cut: sequences by `limit`, or intervals by their bound.
-    pub(crate) truncated: bool,
-    pub(crate) cost: Arc<Cost>,
-}
-
 /// Topics that the index did not rule out, with what it says of each chunk.
 struct Survivor {
     topic: TopicNo,
     verdicts: Vec<Verdict>,
     bound: Arc<(Bound, Arc<Ontology>)>,
-}
-
-/// Hits by sequence; of each part of the question one list of intervals by sequence.
-#[derive(Default)]
-struct Found {
-    hits: BTreeMap<SequenceId, Vec<Hit>>,
-    parts: Vec<HashMap<SequenceId, Vec<Interval>>>,
 }
 
 impl Engine {
@@ -454,22 +381,9 @@ impl Engine {
     }
 }
 
-/// Runs what blocks, or takes long, off the threads that serve calls.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(StorageError::Format { op: "query", text: error.to_string() }.into()),
-    }
-}
-
 fn too_many_topics() -> QueryError {
     let remedy = "ask more narrowly";
     QueryError::TooMuch { what: "topics in the answer", most: limits::QUERY_TOPICS_MAX, remedy }
-}
-
-/// A topic in an answer. Its metadata, which bridges fill with whole schemas, is not part of any.
-fn found(topic: TopicRecord) -> Hit {
-    Hit { topic: TopicRecord { user_metadata: String::new(), ..topic }, intervals: Vec::new(), range: None }
 }
 
 /// Tags of generations before 0.6 (protocol.md section 4): known, though nothing of them may be here.
@@ -514,36 +428,6 @@ fn topic_satisfies(topic: &TopicRecord, filter: &Filter) -> bool {
         && metadata_satisfies(&topic.user_metadata, filter)
 }
 
-fn intervals_by_sequence(hits: &BTreeMap<SequenceId, Vec<Hit>>) -> HashMap<SequenceId, Vec<Interval>> {
-    hits.iter()
-        .map(|(sequence, hits)| (*sequence, union(hits.iter().flat_map(|hit| hit.intervals.clone()).collect())))
-        .collect()
-}
-
-/// Adds a topic, which may be there already by another part of the question.
-fn add_hit(hits: &mut Vec<Hit>, hit: Hit) {
-    match hits.iter_mut().find(|known| known.topic.no == hit.topic.no) {
-        Some(known) => {
-            let both = std::mem::take(&mut known.intervals).into_iter().chain(hit.intervals);
-            known.intervals = union(both.collect());
-        }
-        None => hits.push(hit),
-    }
-}
-
-/// Sequences in both, with the topics of both.
-fn combine(so_far: Option<Found>, mut found: Found) -> Found {
-    let Some(mut all) = so_far else { return found };
-    all.hits.retain(|sequence, _| found.hits.contains_key(sequence));
-    for (sequence, hits) in &mut all.hits {
-        for hit in found.hits.remove(sequence).unwrap_or_default() {
-            add_hit(hits, hit);
-        }
-    }
-    all.parts.extend(found.parts);
-    all
-}
-
 /// The index of one tag, read topic by topic.
 struct Index<'v> {
     view: &'v View<'v>,
@@ -582,120 +466,5 @@ impl<'v> Index<'v> {
             }
             Ok(())
         })
-    }
-}
-
-/// The rows of one topic and what is asked of them.
-pub(crate) struct Rows {
-    view: Arc<TopicView>,
-    verdicts: Vec<Verdict>,
-    bound: Arc<(Bound, Arc<Ontology>)>,
-    /// Parquet leaves that decide, and the one with the time.
-    columns: Vec<usize>,
-    time: Vec<usize>,
-}
-
-impl Rows {
-    fn new(view: Arc<TopicView>, verdicts: Vec<Verdict>, bound: Arc<(Bound, Arc<Ontology>)>) -> Self {
-        let time = parquet_leaves(&view.schema.stored, TIME_COLUMN, None);
-        let columns = bound.0.columns_to_read(&bound.1);
-        Self { view, verdicts, bound, columns, time }
-    }
-
-    fn verdict(&self, place: Place) -> Verdict {
-        match place {
-            // A chunk that was made of the tail meanwhile has no verdict yet.
-            Place::Chunk(index) => self.verdicts.get(index).copied().unwrap_or(Verdict::Some),
-            Place::Tail(_) => Verdict::Some,
-        }
-    }
-
-    /// Whether a row matches.
-    async fn any(&self, loader: &Loader, cost: &Cost) -> Result<bool> {
-        for place in self.view.places().into_iter().filter(|place| self.verdict(*place) != Verdict::None) {
-            if self.load(loader, place, cost).await?.1.contains(&true) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// Times of a place's rows in arrival order, and which match.
-    async fn load(&self, loader: &Loader, place: Place, cost: &Cost) -> Result<(Vec<i64>, Vec<bool>)> {
-        let verdict = self.verdict(place);
-        let mut leaves = self.time.clone();
-        if verdict == Verdict::Some {
-            leaves.extend(&self.columns);
-        }
-        leaves.sort_unstable();
-        leaves.dedup();
-        let (batch, bytes) = loader.load_leaves(&self.view, place, &leaves).await?;
-        if matches!(place, Place::Chunk(_)) {
-            Cost::add(&cost.read, 1);
-            Cost::add(&cost.bytes_read, bytes);
-        }
-        let bound = Arc::clone(&self.bound);
-        aside(move || {
-            let times = batch.column_by_name(TIME_COLUMN).and_then(|column| column.as_primitive_opt::<Int64Type>());
-            let times = times.ok_or(StorageError::Gone)?.values().to_vec();
-            let matches = match verdict {
-                Verdict::All => vec![true; times.len()],
-                Verdict::None => vec![false; times.len()],
-                Verdict::Some => matching(&bound.0, &batch)?.iter().collect(),
-            };
-            Ok((times, matches))
-        })
-        .await
-    }
-
-    /// Feeds the rows of a window to a builder in time order.
-    pub(crate) async fn walk(
-        &self,
-        loader: &Loader,
-        window: Window,
-        builder: &mut (impl Builder + Send),
-        cost: &Cost,
-    ) -> Result<()> {
-        for group in self.view.time_groups() {
-            let times: Vec<Interval> = group.iter().filter_map(|place| self.view.time_of(*place)).collect();
-            let (Some(first), Some(last)) =
-                (times.iter().map(|time| time.0).min(), times.iter().map(|time| time.1).max())
-            else {
-                continue;
-            };
-            if !window.meets((first, last)) {
-                continue;
-            }
-            let all = |wanted: Verdict| group.iter().all(|place| self.verdict(*place) == wanted);
-            if all(Verdict::None) {
-                // Rows outside of the window do not count, not even as gaps.
-                if window.covers((first, last)) {
-                    builder.row(first, false);
-                    continue;
-                }
-            } else if all(Verdict::All) && window.covers((first, last)) && builder.block(first, last) {
-                continue;
-            }
-            let mut rows: Vec<(i64, bool)> = Vec::new();
-            for place in group {
-                let (times, matches) = self.load(loader, place, cost).await?;
-                rows.extend(times.into_iter().zip(matches).filter(|(time, _)| window.holds(*time)));
-                if rows.len() > limits::QUERY_MERGE_ROWS_MAX {
-                    let remedy = "its rows arrived in no order of time; ask without times, or in a narrower window";
-                    return Err(QueryError::TooMuch {
-                        what: "rows to be put in order of time",
-                        most: limits::QUERY_MERGE_ROWS_MAX,
-                        remedy,
-                    });
-                }
-            }
-            if !rows.is_sorted_by_key(|row| row.0) {
-                rows.sort_by_key(|row| row.0);
-            }
-            for (time, matches) in rows {
-                builder.row(time, matches);
-            }
-        }
-        Ok(())
     }
 }

@@ -1,7 +1,8 @@
 //! Questions: which sequences and topics hold rows like these, and when.
 //!
 //! [`parse`] (JSON to a checked [`Query`]) → [`plan`] (what the skip index proves or rules out of each
-//! chunk; pure) → [`refine`] (reads what is still open, row by row) → [`engine`] (runs all of it).
+//! chunk; pure) → [`rows`] (reads what is still open) with [`refine`] (which rows match) → [`engine`] (runs all of it)
+//! → [`answer`].
 //! [`test`], [`ranges`] and [`pattern`] say what a comparison means; [`names`] compares names and
 //! metadata; [`times`] makes intervals and clusters of matching rows.
 //!
@@ -9,6 +10,7 @@
 //! matches `$not e` exactly if it does not match `e`, so a null matches `$not` of any comparison.
 //! Knows no gRPC.
 
+pub(crate) mod answer;
 pub(crate) mod engine;
 pub(crate) mod names;
 pub(crate) mod parse;
@@ -16,6 +18,7 @@ pub(crate) mod pattern;
 pub(crate) mod plan;
 mod ranges;
 pub(crate) mod refine;
+mod rows;
 pub(crate) mod test;
 pub(crate) mod times;
 
@@ -24,6 +27,8 @@ mod oracle;
 
 use storage::StorageError;
 use test::Test;
+
+type Result<T> = std::result::Result<T, QueryError>;
 
 /// Why a question has no answer.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -121,4 +126,12 @@ pub(crate) struct Query {
     pub(crate) limit: Option<usize>,
     /// Say what the answer cost.
     pub(crate) explain: bool,
+}
+
+/// Runs what blocks, or takes long, off the threads that serve calls.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(StorageError::Format { op: "query", text: error.to_string() }.into()),
+    }
 }

@@ -14,15 +14,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Whether a write must be on stable media when it completes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Durability {
-    /// A later [`Disk::sync`] makes it durable.
-    Later,
-    /// The write itself is durable when it completes (`RWF_DSYNC`).
-    Now,
-}
-
 /// Which implementation is at work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
@@ -70,14 +61,13 @@ pub trait Disk: Clone + 'static {
     fn create(&self, path: &Path) -> impl Future<Output = io::Result<Self::File>>;
     /// Opens an existing file for reading and writing.
     fn open(&self, path: &Path) -> impl Future<Output = io::Result<Self::File>>;
-    /// Writes the first `len` bytes at `at`; both are multiples of the block size.
+    /// Writes the first `len` bytes at `at`; both are multiples of the block size. Durable by a [`Self::sync`] behind it.
     fn write(
         &self,
         file: &Self::File,
         buf: Self::Buf,
         len: usize,
         at: u64,
-        durability: Durability,
     ) -> impl Future<Output = (io::Result<()>, Self::Buf)> + 'static;
     /// Reads up to `len` bytes at `at` (block multiples), fewer only at the end of the file.
     fn read(

@@ -3,7 +3,7 @@
 //! Used where io_uring is not to be had (`kernel.io_uring_disabled`, container profiles). Each
 //! call blocks its thread; correctness is the same, speed is not the aim.
 
-use crate::disk::{Disk, DiskState, Durability};
+use crate::disk::{Disk, DiskState};
 use crate::limits::BLOCK_BYTES;
 use crate::uring::AlignedBuf;
 use rustix::fs::{Mode, OFlags};
@@ -124,7 +124,6 @@ impl Disk for PosixDisk {
         buf: PosixBuf,
         len: usize,
         at: u64,
-        durability: Durability,
     ) -> impl Future<Output = (io::Result<()>, PosixBuf)> + 'static {
         let file = Rc::clone(file);
         async move {
@@ -138,11 +137,7 @@ impl Disk for PosixDisk {
                     Err(error) => return (Err(error.into()), buf),
                 }
             }
-            let synced = match durability {
-                Durability::Now => rustix::fs::fdatasync(&*file).map_err(io::Error::from),
-                Durability::Later => Ok(()),
-            };
-            (synced, buf)
+            (Ok(()), buf)
         }
     }
 

@@ -8,7 +8,7 @@ use crate::catalog::Look;
 use crate::catalog::records::{SegmentRecord, SequenceRecord, TopicRecord};
 use crate::chunk::stats::FieldStats;
 use crate::chunk::{ChunkRecord, Compression};
-use crate::disk::{Disk, Durability, Folders, IoCounters, make_dirs};
+use crate::disk::{Disk, Folders, IoCounters, make_dirs};
 use crate::error::{Result, StorageError};
 use crate::files::Entry;
 use crate::ids::{SegmentId, SequenceId};
@@ -197,7 +197,7 @@ async fn write_padded<D: Disk>(disk: &D, file: &D::File, path: &Path, at: u64, b
             data.copy_from_slice(piece);
             zeros.fill(0);
         }
-        let (result, _buf) = disk.write(file, buf, padded, place, Durability::Later).await;
+        let (result, _buf) = disk.write(file, buf, padded, place).await;
         result.map_err(|error| StorageError::io("write", path, error))?;
         place += padded as u64;
     }

@@ -15,7 +15,7 @@ pub mod past_cache;
 pub use aligned::AlignedBuf;
 
 use crate::depth::{Buffers, Depth};
-use crate::disk::{Disk, DiskState, Durability, Engine};
+use crate::disk::{Disk, DiskState, Engine};
 use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES, RING_ENTRIES};
 use io_uring::{cqueue, opcode, squeue, types};
 use std::cell::RefCell;
@@ -291,27 +291,14 @@ impl UringDisk {
     }
 }
 
-fn write_entry(
-    file: &UringFile,
-    buf: &mut PoolBuf,
-    from: usize,
-    len: usize,
-    at: u64,
-    durability: Durability,
-) -> squeue::Entry {
+fn write_entry(file: &UringFile, buf: &mut PoolBuf, from: usize, len: usize, at: u64) -> squeue::Entry {
     assert!(from + len <= RING_BUFFER_BYTES, "a write stays inside its buffer");
-    let flags = match durability {
-        Durability::Now => rustix::io::ReadWriteFlags::DSYNC.bits() as i32,
-        Durability::Later => 0,
-    };
     let (start, index) = buf.place();
     // SAFETY: `from` is inside the buffer's allocation, asserted above.
     let start = unsafe { start.add(from) };
     match index {
-        Some(index) => {
-            opcode::WriteFixed::new(fd_of(file), start, ring_len(len), index).offset(at as _).rw_flags(flags).build()
-        }
-        None => opcode::Write::new(fd_of(file), start, ring_len(len)).offset(at as _).rw_flags(flags).build(),
+        Some(index) => opcode::WriteFixed::new(fd_of(file), start, ring_len(len), index).offset(at as _).build(),
+        None => opcode::Write::new(fd_of(file), start, ring_len(len)).offset(at as _).build(),
     }
 }
 
@@ -363,13 +350,12 @@ impl Disk for UringDisk {
         mut buf: PoolBuf,
         len: usize,
         at: u64,
-        durability: Durability,
     ) -> impl Future<Output = (io::Result<()>, PoolBuf)> + 'static {
         let file = file.clone();
         async move {
             let mut done = 0;
             while done < len {
-                let entry = write_entry(&file, &mut buf, done, len - done, at + done as u64, durability);
+                let entry = write_entry(&file, &mut buf, done, len - done, at + done as u64);
                 // The descriptor rides along: it must not be closed, and its number reused, meanwhile.
                 let (result, (back, _file)) = submit((buf, file.clone()), entry).await;
                 buf = back;

@@ -7,7 +7,7 @@ use super::Shared;
 use crate::checksum::Running;
 use crate::chunk::record::{ColumnRecord, column_crc_seed};
 use crate::chunk::{Piece, TopicEncoder};
-use crate::disk::{Disk, Durability};
+use crate::disk::Disk;
 use crate::error::Result;
 use crate::ids::SegmentId;
 use crate::limits::RING_BUFFER_BYTES;
@@ -125,7 +125,7 @@ impl<D: Disk> Sink<D> {
         let (at, length) = (self.at, self.filled);
         self.at += length as u64;
         self.filled = 0;
-        let write = self.disk.write(&self.file, buf, length, at, Durability::Later);
+        let write = self.disk.write(&self.file, buf, length, at);
         let poisoned = Rc::clone(&self.poisoned);
         self.writes.push(tokio::task::spawn_local(async move {
             let (result, _buf) = write.await;

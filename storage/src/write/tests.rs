@@ -3,7 +3,6 @@
 use super::*;
 use crate::catalog::records::{SequenceRecord, SessionRecord, TopicRecord};
 use crate::chunk::{Compression, Format};
-use crate::disk::Durability;
 use crate::ids::{SequenceId, SessionId};
 use crate::limits::RING_BUFFER_BYTES;
 use crate::ontology::{OntologyRecord, Origin};
@@ -47,7 +46,6 @@ impl Disk for Counting {
         buf: Vec<u8>,
         len: usize,
         _at: u64,
-        _durability: Durability,
     ) -> impl Future<Output = (io::Result<()>, Vec<u8>)> + 'static {
         self.0.borrow_mut().push(Asked::Write(len));
         async { (Ok(()), buf) }
