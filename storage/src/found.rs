@@ -17,6 +17,7 @@ use crate::read::read_range;
 use crate::segment::{self, Head, TRAILER_TAIL_BYTES, Trailer, block_ceil, block_floor, footer_is_whole};
 use bytes::Bytes;
 use parquet::file::metadata::ParquetMetaDataReader;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// What is read where a trailer is likely, and where one is looked for, in bytes.
@@ -247,7 +248,7 @@ pub fn chain(found: Vec<Found>, (next, next_row): (u64, u64), tail: &TailMarks) 
 }
 
 /// Chunks of an interrupted topic that are whole in its files and not in the catalog: written when the
-/// recorder died before their commit, or committed and lost with the end of the catalog's log.
+/// recorder died before their commit, or committed and lost with the end of the catalog's log. They are durable on return.
 ///
 /// # Errors
 /// When a file or the catalog cannot be read.
@@ -279,7 +280,22 @@ pub async fn behind<D: Disk>(disk: &D, look: &impl Look, data_dir: &Path, topic:
         }
         whole.push(found);
     }
+    settle(disk, &whole).await?;
     Ok(whole)
+}
+
+/// Makes durable what was found. A recorder that was killed, and not its machine, may have left it in the device's
+/// cache: it can be read, and a power cut would take it, and with it rows whose tail is given up for it.
+///
+/// # Errors
+/// When a file cannot be synced.
+pub(crate) async fn settle<D: Disk>(disk: &D, found: &[Found]) -> Result<()> {
+    let files: BTreeSet<&PathBuf> = found.iter().map(|found| &found.path).collect();
+    for path in files {
+        let file = disk.open(path).await.map_err(|error| StorageError::io("open", path, error))?;
+        disk.sync(&file).await.map_err(|error| StorageError::io("sync", path, error))?;
+    }
+    Ok(())
 }
 
 /// The chunks of a topic in one file, from an offset on.
@@ -298,6 +314,7 @@ pub async fn of_file<D: Disk>(disk: &D, path: &Path, topic: TopicNo, from: u64) 
 mod tests {
     use super::*;
     use crate::ids::{SegmentId, TopicId};
+    use crate::sim::{Faults, SimDisk};
 
     fn mark(hash: u64) -> BatchMark {
         BatchMark { rows: 1, hash: u128::from(hash) }
@@ -372,6 +389,28 @@ mod tests {
     #[test]
     fn a_chunk_that_was_written_again_may_lie_behind_the_one_that_follows_it() {
         check(&[(3, 0, 4), (2, 4, 6)], 0, &[], &[(3, 0, 4), (2, 4, 6)]);
+    }
+
+    #[test]
+    fn inv_1_what_is_taken_over_outlives_a_power_cut_though_the_recorder_was_killed_before_its_sync() {
+        let disk = SimDisk::new(1, u64::MAX, Faults::default());
+        let (dir, path) = (Path::new("/d"), Path::new("/d/000000.parquet"));
+        let work = async {
+            disk.make_dir(dir).await.expect("made");
+            disk.sync_dir(Path::new("/")).await.expect("synced");
+            let file = disk.create(path).await.expect("created");
+            disk.sync_dir(dir).await.expect("synced");
+            let mut buf = disk.buffer().await;
+            buf.fill(7);
+            disk.write(&file, buf, RING_BUFFER_BYTES, 0).await.0.expect("written");
+            let chunk = Found { path: path.to_owned(), ..found((0, 0, 4), 0) };
+            settle(&disk, &[chunk.clone(), chunk]).await.expect("settled");
+        };
+        tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(work);
+        for _ in 0..20 {
+            let left = disk.after_crash(u64::MAX, Faults::default()).contents();
+            assert_eq!(left[path], vec![7; RING_BUFFER_BYTES]);
+        }
     }
 
     #[test]

@@ -264,6 +264,9 @@ async fn open_topic<D: Disk>(
         }
         chunks.push(found);
     }
+    if let Err(error) = found::settle(disk, &chunks).await {
+        done.missing.push(format!("{}: {error}: a power cut may take what was written last", facts.topic.locator));
+    }
     let mut segments: BTreeMap<u32, SegmentRecord> = BTreeMap::new();
     for record in chunks.iter().map(|found| &found.trailer.record) {
         let ending = SegmentRecord::ending_with(record);
