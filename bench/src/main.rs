@@ -13,6 +13,7 @@ mod goals;
 mod loops;
 mod memory;
 mod open;
+mod paced;
 mod plot;
 mod powercut;
 mod profile;

@@ -30,7 +30,7 @@ pub(crate) const LATE: Duration = Duration::from_millis(250);
 
 /// Messages due before this has passed are not in the percentiles: memory is touched for the first time, files are
 /// made. They count as late or dropped all the same.
-const WARM_UP: Duration = Duration::from_secs(1);
+pub(crate) const WARM_UP: Duration = Duration::from_secs(1);
 
 /// What the messages of one group met.
 #[derive(Debug)]

@@ -2,14 +2,14 @@
 //! slow minute of a shared machine meets all of them.
 
 use crate::closed::{self, Closed, Outcome, Saturation, Speaks};
-use crate::disk::{self, DiskCounter, Fio, StillWatch};
+use crate::disk::{self, DiskCounter, Fio, Still, StillWatch};
 use crate::files;
 use crate::open::{self, Group, Latency};
 use crate::profile::Profile;
 use crate::samples::Samples;
 use crate::server::{self, Server, action, connect};
 use crate::wire::Connection;
-use crate::{memory, rival, scale, volumes};
+use crate::{memory, paced, rival, scale, volumes};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -290,7 +290,28 @@ impl Suite {
             self.samples.add(pass, name, "flightbox", &format!("{metric}_ms"), ms);
             self.samples.add(pass, name, "flightbox", &format!("beyond_{metric}_ms"), ms - COMMIT_INTERVAL_MS);
         }
+        if self.alone {
+            return Ok(());
+        }
+        let written = self.samples.get(pass, name, "flightbox", "written_per_byte").ok_or("no bytes written")?;
+        self.paced_disk(pass, name, saturation / 2.0 * written, TOPICS)
+    }
+
+    /// The same bytes at the same pace, written by nobody but the harness.
+    fn paced_disk(&mut self, pass: usize, name: &str, bytes_per_s: f64, files: usize) -> Result<(), AnyError> {
+        let paced = paced::paced(&self.scratch, bytes_per_s, files, OPEN, rest)?;
+        for (metric, quantile) in [("p50_ms", 0.5), ("p99_ms", 0.99), ("max_ms", 1.0)] {
+            let ms = paced.ms(quantile).ok_or("the disk was given nothing to write")?;
+            self.samples.add(pass, name, "disk", metric, ms);
+        }
+        self.note_still(pass, name, "disk", paced.still, paced.took);
         Ok(())
+    }
+
+    fn note_still(&mut self, pass: usize, name: &str, contestant: &str, still: Still, time: Duration) {
+        let mut add = |metric: &str, value: f64| self.samples.add(pass, name, contestant, metric, value);
+        add("device_still_longest_ms", still.longest.as_secs_f64() * 1e3);
+        add("device_still_percent", still.together.as_secs_f64() / time.as_secs_f64() * 100.0);
     }
 
     /// An open loop on a fresh server; notes CPU, memory and bytes written.
@@ -328,8 +349,6 @@ impl Suite {
         add("messages_per_s", latencies.iter().map(|latency| latency.sent).sum::<u64>() as f64 / seconds);
         add("written_per_byte", device.0);
         add("device_per_byte", device.1);
-        add("device_still_longest_ms", still.longest.as_secs_f64() * 1e3);
-        add("device_still_percent", still.together.as_secs_f64() / seconds * 100.0);
         let peak = server.memory()?.1;
         add("peak_rss_mib", peak as f64 / f64::from(1 << 20));
         add("rss_beyond_mib", beyond_bound(peak, &info));
@@ -337,6 +356,7 @@ impl Suite {
         for latency in &latencies {
             self.keep_latency(&format!("{name} {}", latency.group.profile.name()), latency);
         }
+        self.note_still(pass, name, "flightbox", still, Duration::from_secs_f64(seconds));
         self.kept.infos.insert(name.to_owned(), info);
         Ok(latencies)
     }
