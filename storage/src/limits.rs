@@ -13,7 +13,7 @@ pub const RING_BUFFER_BYTES: usize = 1 << 20;
 
 /// Ring buffers of one writer thread. Bounds the bytes under way to the device while only chunks go there: some wait
 /// for the file system after the device is done with them.
-pub const RING_BUFFERS_PER_WRITER: usize = 16;
+pub const RING_BUFFERS_PER_WRITER: usize = 32;
 
 /// Buffers of one thread that may be out at once while somebody waits for a small durable write, which stands behind
 /// them at the device: the 8 MiB of one writer are 3 to 6 ms of the measured disk.
