@@ -30,6 +30,7 @@ use storage::depth::Buffers;
 use storage::disk::{Disk, DiskState, IoCounters};
 use storage::limits::{RING_BUFFERS_PER_SERVICE, RING_BUFFERS_PER_WRITER};
 use storage::read::{self, Loader};
+use storage::reclaim::Reclaim;
 use storage::recover::Receipt;
 use storage::volumes::Volumes;
 use storage::{StorageError, uring};
@@ -297,6 +298,8 @@ fn start_steward(
         counters: Arc::clone(counters),
         health: Arc::clone(health),
         turns: steward::Turns::default(),
+        reclaim: Reclaim::gently(),
+        last_ontology: steward::LastOntology::default(),
     };
     let thread = on_disk("fb-steward", disk, Buffers::of(RING_BUFFERS_PER_SERVICE), StewardBody { jobs, context })?;
     Ok((handle, thread))

@@ -43,7 +43,7 @@ struct Arguments {
     #[arg(long)]
     server: PathBuf,
     /// What to measure: all, query, startup, powercut, or parts of `all` by name: machine, image, image-1, lidar,
-    /// imu-20000, h264, latency, can, drive, isolation, topics, commits, get, finalize, small, compression.
+    /// imu-20000, h264, latency, can, drive, isolation, delete, topics, commits, get, finalize, small, compression.
     #[arg(default_value = "all")]
     names: Vec<String>,
     /// Bytes sent in each closed loop, in MiB.

@@ -20,6 +20,8 @@ type AnyError = Box<dyn Error>;
 
 /// A pause before each contestant: a shared disk gives credit for idle time, and each must meet the same credit.
 const REST: Duration = Duration::from_secs(2);
+/// How often the free space is looked at while a deletion gives it back.
+const SPACE_LOOK: Duration = Duration::from_millis(50);
 /// How long open loops run.
 const OPEN: Duration = Duration::from_secs(10);
 /// Pause between calls that are timed while ingest saturates.
@@ -29,7 +31,7 @@ const COMMIT_INTERVAL_MS: f64 = 50.0;
 const GB: f64 = 1e9;
 
 /// Everything that `all` measures, in order.
-pub(crate) const ALL: [&str; 17] = [
+pub(crate) const ALL: [&str; 18] = [
     "machine",
     "image",
     "image-1",
@@ -40,6 +42,7 @@ pub(crate) const ALL: [&str; 17] = [
     "can",
     "drive",
     "isolation",
+    "delete",
     "topics",
     "commits",
     "get",
@@ -127,6 +130,7 @@ impl Suite {
             "can" => self.can(pass),
             "drive" => self.drive(pass),
             "isolation" => self.isolation(pass),
+            "delete" => self.delete(pass),
             "topics" => self.topics(pass),
             "commits" => self.commits(pass),
             "get" => {
@@ -370,23 +374,14 @@ impl Suite {
     /// 300 slow topics of one frame a message.
     fn can(&mut self, pass: usize) -> Result<(), AnyError> {
         let latencies = self.open_loop(pass, "can", &can_groups(), OPEN)?;
-        let p99 = latencies.iter().map(|latency| latency.ms(0.99)).fold(0.0, f64::max);
-        self.samples.add(pass, "can", "flightbox", "p99_ms", p99);
+        self.samples.add(pass, "can", "flightbox", "p99_ms", worst_ms(&latencies, 0.99));
         Ok(())
     }
 
     /// A vehicle, over one connection, as the newest clients do.
     fn drive(&mut self, pass: usize) -> Result<(), AnyError> {
-        let mut groups = vec![
-            Group { profile: Profile::H264, topics: 6, rate: 60.0 },
-            Group { profile: Profile::Lidar, topics: 2, rate: 10.0 },
-            Group { profile: Profile::Imu(1), topics: 4, rate: 200.0 },
-            Group { profile: Profile::Gps, topics: 1, rate: 10.0 },
-        ];
-        groups.extend(can_groups());
-        let latencies = self.open_loop(pass, "drive", &groups, OPEN)?;
-        let worst = latencies.iter().map(|latency| latency.ms(0.99)).fold(0.0, f64::max);
-        self.samples.add(pass, "drive", "flightbox", "p99_ms", worst);
+        let latencies = self.open_loop(pass, "drive", &drive_groups(), OPEN)?;
+        self.samples.add(pass, "drive", "flightbox", "p99_ms", worst_ms(&latencies, 0.99));
         Ok(())
     }
 
@@ -419,6 +414,48 @@ impl Suite {
             self.samples.add(pass, "isolation", contestant, "create_p50_ms", percentile(&times, 0.5));
             self.samples.add(pass, "isolation", contestant, "create_p99_ms", percentile(&times, 0.99));
         }
+        Ok(())
+    }
+
+    /// A vehicle alone, then while an older recording is deleted to make room.
+    fn delete(&mut self, pass: usize) -> Result<(), AnyError> {
+        const INTO_THE_DRIVE: Duration = Duration::from_secs(3);
+        let folder = tempfile::tempdir_in(&self.scratch)?;
+        let server = Server::start(&self.program, folder.path(), &[])?;
+        let old = Closed { profile: Profile::Image, streams: 4, bytes: self.bytes * 2 };
+        let free = || Ok::<_, AnyError>(rustix::fs::statvfs(&self.scratch)?.f_bfree);
+        let (idle, deleting, answer_ms, space_s) = self.runtime.block_on(async {
+            let mut client = connect(&server.address).await?;
+            let full = free()?;
+            let key = closed::run(&server, Speaks::Flightbox, old, &self.scratch).await?.key;
+            let held = full.saturating_sub(free()?);
+            rest();
+            let idle = open::open(&server, "idle", &drive_groups(), true).await?.run(OPEN).await?;
+            let opened = open::open(&server, "open", &drive_groups(), true).await?;
+            let delete = async {
+                tokio::time::sleep(INTO_THE_DRIVE).await;
+                let (before, started) = (free()?, Instant::now());
+                action(&mut client, "sequence_abort", json!({ "name": "bench", "key": key })).await?;
+                let answer_ms = started.elapsed().as_secs_f64() * 1e3;
+                // The drive takes some of it meanwhile.
+                while free()?.saturating_sub(before) < held / 10 * 8 && started.elapsed() < OPEN {
+                    tokio::time::sleep(SPACE_LOOK).await;
+                }
+                Ok::<_, AnyError>((answer_ms, started.elapsed().as_secs_f64()))
+            };
+            let (deleting, deleted) = tokio::join!(opened.run(OPEN), delete);
+            let (answer_ms, space_s) = deleted?;
+            Ok::<_, AnyError>((idle, deleting?, answer_ms, space_s))
+        })?;
+        for (contestant, latencies) in [("idle", idle), ("deleting", deleting)] {
+            for (metric, quantile) in [("p50_ms", 0.5), ("p99_ms", 0.99), ("p999_ms", 0.999), ("max_ms", 1.0)] {
+                self.samples.add(pass, "delete", contestant, metric, worst_ms(&latencies, quantile));
+            }
+            let late = latencies.iter().map(|latency| latency.late + latency.dropped).sum::<u64>();
+            self.samples.add(pass, "delete", contestant, "late_or_dropped", late as f64);
+        }
+        self.samples.add(pass, "delete", "deleting", "answer_ms", answer_ms);
+        self.samples.add(pass, "delete", "deleting", "space_is_back_s", space_s);
         Ok(())
     }
 
@@ -575,6 +612,23 @@ impl Suite {
 
 fn can_groups() -> [Group; 3] {
     [10.0, 50.0, 100.0].map(|rate| Group { profile: Profile::Can, topics: 100, rate })
+}
+
+/// A vehicle: cameras, lidars, what tells where it is, and its buses.
+fn drive_groups() -> Vec<Group> {
+    let mut groups = vec![
+        Group { profile: Profile::H264, topics: 6, rate: 60.0 },
+        Group { profile: Profile::Lidar, topics: 2, rate: 10.0 },
+        Group { profile: Profile::Imu(1), topics: 4, rate: 200.0 },
+        Group { profile: Profile::Gps, topics: 1, rate: 10.0 },
+    ];
+    groups.extend(can_groups());
+    groups
+}
+
+/// A quantile of the group that it is worst for, in milliseconds.
+fn worst_ms(latencies: &[Latency], quantile: f64) -> f64 {
+    latencies.iter().map(|latency| latency.ms(quantile)).fold(0.0, f64::max)
 }
 
 fn rest() {

@@ -8,6 +8,7 @@ use crate::health::Health;
 use crate::ingest::committer::{CommitHandle, Live};
 use crate::limits;
 use futures::future::join_all;
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +18,8 @@ use storage::catalog::skip::{Fold, plan_fold};
 use storage::catalog::{Catalog, Look, Txn};
 use storage::disk::{Disk, IoCounters};
 use storage::ids::{SequenceId, TopicNo};
+use storage::ontology::Ontology;
+use storage::reclaim::Reclaim;
 use storage::recover::{self, TopicReceipt};
 use storage::volumes::{Orphan, OrphanKind, Volumes};
 use storage::{StorageError, found, manifest, segment};
@@ -109,6 +112,8 @@ pub(crate) struct Context {
     pub(crate) counters: Arc<IoCounters>,
     pub(crate) health: Arc<Health>,
     pub(crate) turns: Turns,
+    pub(crate) reclaim: Reclaim,
+    pub(crate) last_ontology: LastOntology,
 }
 
 /// What seals that are made side by side take in turns.
@@ -419,14 +424,34 @@ fn fold_of(
     everything: bool,
     sealed_now: &[SegmentRecord],
 ) -> Result<Option<Fold>, StorageError> {
-    match context.catalog.ontology_of(topic)? {
+    match context.last_ontology.of(&context.catalog, topic)? {
         Some(ontology) => plan_fold(&context.catalog, topic, &ontology, everything, sealed_now),
         None => Ok(None),
     }
 }
 
+/// The version of an ontology that was needed last: a thousand topics of a kind end together, and to read a schema takes
+/// longer than to pack what is known of them. Versions never change.
+#[derive(Debug, Default)]
+pub(crate) struct LastOntology(RefCell<Option<Arc<Ontology>>>);
+
+impl LastOntology {
+    fn of(&self, look: &impl Look, topic: TopicNo) -> Result<Option<Arc<Ontology>>, StorageError> {
+        let (Some(record), Some(of_topic)) = (look.topic(topic)?, look.topic_ontology(topic)?) else { return Ok(None) };
+        let is_it = |ontology: &Arc<Ontology>| {
+            ontology.record.tag == record.ontology_tag && ontology.record.version == of_topic.version
+        };
+        if let Some(last) = self.0.borrow().clone().filter(is_it) {
+            return Ok(Some(last));
+        }
+        let found = look.ontology_of(topic)?.map(Arc::new);
+        self.0.replace(found.clone());
+        Ok(found)
+    }
+}
+
 async fn remove<D: Disk>(disk: &D, context: &Context, ticket: [u8; 16], folders: &[String]) -> Outcome {
-    let waiting = recover::remove_folders(disk, &context.volumes, folders).await?;
+    let waiting = recover::remove_folders(disk, &context.volumes, folders, &context.reclaim).await?;
     // What is left of a finalized sequence must not bring the rest back when the catalog is made again.
     for sequence in folders.iter().filter_map(|folder| sequence_of(folder)).collect::<BTreeSet<_>>() {
         if let Some(record) = context.catalog.sequence(sequence)? {

@@ -26,6 +26,7 @@ use storage::chunk::Compression;
 use storage::disk::IoCounters;
 use storage::ids::{SequenceId, TopicId};
 use storage::read::{self, Loader};
+use storage::reclaim::Reclaim;
 use storage::sim::{Faults, Random, SimDisk};
 use storage::volumes::{Role, Volume, Volumes};
 use tokio::sync::mpsc;
@@ -179,6 +180,8 @@ pub(super) fn begin(disk: &SimDisk, store: &Path, manner: Manner) -> Life {
         counters: Arc::clone(&counters),
         health: Arc::clone(&health),
         turns: steward::Turns::default(),
+        reclaim: Reclaim::default(),
+        last_ontology: steward::LastOntology::default(),
     };
     tokio::task::spawn_local(steward::serve(disk.slowed(manner.lag), jobs, context));
     let (reads, jobs) = mpsc::channel(limits::SERVICE_LANE_DEPTH);

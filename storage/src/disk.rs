@@ -81,7 +81,7 @@ pub trait Disk: Clone + 'static {
     fn sync(&self, file: &Self::File) -> impl Future<Output = io::Result<()>> + 'static;
     /// Reserves blocks and sets the size (fallocate mode 0, never `KEEP_SIZE`).
     fn allocate(&self, file: &Self::File, from: u64, length: u64) -> impl Future<Output = io::Result<()>>;
-    /// Cuts the file and makes the new size durable (ftruncate, fsync).
+    /// Cuts the file; makes the new size durable, and what was written before (ftruncate, fsync).
     fn truncate(&self, file: &Self::File, length: u64) -> impl Future<Output = io::Result<()>>;
     /// Makes a folder; one that is there already is fine.
     fn make_dir(&self, path: &Path) -> impl Future<Output = io::Result<()>>;
@@ -100,6 +100,11 @@ pub trait Disk: Clone + 'static {
     /// Where a symbolic link points; `None` for what is none, or is not there. Asks for a name only.
     fn read_link(&self, path: &Path) -> impl Future<Output = io::Result<Option<PathBuf>>> {
         std::future::ready(files::read_link(path))
+    }
+    /// A large file, or those in a folder and below it, open, so that they can be removed without their space
+    /// ([`crate::reclaim`]); none where that makes no difference.
+    fn keep_open(&self, _path: &Path) -> Vec<std::fs::File> {
+        Vec::new()
     }
     /// Removes a folder and all below it, of a link the link; one that is not there is fine.
     fn remove_dir(&self, path: &Path) -> impl Future<Output = io::Result<()>>;

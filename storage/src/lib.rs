@@ -21,6 +21,7 @@ pub mod ontology;
 pub mod posix;
 pub mod read;
 pub mod rebuild;
+pub mod reclaim;
 pub mod recover;
 pub mod schema;
 pub mod segment;

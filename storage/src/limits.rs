@@ -79,6 +79,17 @@ pub const STREAMS_HOLDING_MAX: usize = 4;
 /// Chunks that one outgoing batch may draw rows from.
 pub const SOURCES_PER_BATCH_MAX: usize = 4;
 
+/// Bytes of a deleted file given back to the disk at once. A device that discards takes some three milliseconds for them,
+/// which is what others wait.
+pub const RECLAIM_STEP_BYTES: u64 = 16 << 20;
+
+/// Deleted files of a volume that wait to be given back, each a descriptor, and as many again on their way there: 128 GiB of
+/// whole segments. What is left of them when the program ends, the kernel gives back in one go: half a minute.
+pub const RECLAIM_FILES_MAX: usize = 512;
+
+/// The part of a volume's size below which free space is short: then nothing pauses while space is given back.
+pub const RECLAIM_SHORT_PART: u64 = 50;
+
 /// Most bytes the catalog's memtables hold together (RocksDB's write buffer manager).
 pub const CATALOG_WRITE_BUFFER_BYTES: usize = 48 << 20;
 

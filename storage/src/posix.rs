@@ -5,6 +5,7 @@
 
 use crate::disk::{Disk, DiskState};
 use crate::limits::BLOCK_BYTES;
+use crate::reclaim;
 use crate::uring::AlignedBuf;
 use rustix::fs::{Mode, OFlags};
 use std::cell::RefCell;
@@ -203,6 +204,10 @@ impl Disk for PosixDisk {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other,
         }
+    }
+
+    fn keep_open(&self, path: &Path) -> Vec<std::fs::File> {
+        reclaim::keep_open(path)
     }
 
     async fn remove_dir(&self, path: &Path) -> io::Result<()> {

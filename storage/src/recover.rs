@@ -15,6 +15,7 @@ use crate::ids::{SegmentId, SequenceId};
 use crate::limits::RING_BUFFER_BYTES;
 use crate::manifest;
 use crate::rebuild::Rebuilt;
+use crate::reclaim::Reclaim;
 use crate::schema::TopicSchema;
 use crate::segment::{self, FooterFacts, Head, TopicFacts};
 use crate::volumes::{self, Orphan, OrphanKind, Volumes};
@@ -182,7 +183,7 @@ async fn write_footer<D: Disk>(disk: &D, path: &Path, at: u64, footer: &[u8], co
     let file = disk.open(path).await.map_err(|error| StorageError::io("open", path, error))?;
     let written = write_padded(disk, &file, path, at, footer).await?;
     IoCounters::add(&counters.footer, written);
-    disk.sync(&file).await.map_err(|error| StorageError::io("sync", path, error))?;
+    // Makes the footer durable with the size: nothing calls the segment sealed before both are.
     disk.truncate(&file, at + footer.len() as u64).await.map_err(|error| StorageError::io("truncate", path, error))
 }
 
@@ -257,25 +258,31 @@ pub struct Waiting {
 /// Removes folders of a deletion, with the folders' parents made durable. A name that ends in `/*`
 /// means the files in that folder, and the folder only if nothing else is in it: another topic's
 /// folder may lie below. Returns those that wait for a volume; the others go all the same, because deleting makes room.
+/// Large files leave their space to `reclaim`.
 ///
 /// # Errors
 /// When one cannot be removed; the deletion's record then stays, and the next start tries again.
-pub async fn remove_folders<D: Disk>(disk: &D, volumes: &Volumes, folders: &[String]) -> Result<Option<Waiting>> {
+pub async fn remove_folders<D: Disk>(
+    disk: &D,
+    volumes: &Volumes,
+    folders: &[String],
+    reclaim: &Reclaim,
+) -> Result<Option<Waiting>> {
     let mut waiting: Option<Waiting> = None;
     for folder in folders {
         if folder.starts_with("sequences/")
-            && let Err(cause) = volumes::remove_behind(disk, volumes, folder).await
+            && let Err(cause) = volumes::remove_behind(disk, volumes, folder, reclaim).await
         {
             let waiting = waiting.get_or_insert(Waiting { folders: Vec::new(), cause });
             waiting.folders.push(folder.clone());
         } else {
-            remove_folder(disk, volumes.data_dir(), folder).await?;
+            remove_folder(disk, volumes.data_dir(), folder, reclaim).await?;
         }
     }
     Ok(waiting)
 }
 
-async fn remove_folder<D: Disk>(disk: &D, data_dir: &Path, folder: &str) -> Result<()> {
+async fn remove_folder<D: Disk>(disk: &D, data_dir: &Path, folder: &str, reclaim: &Reclaim) -> Result<()> {
     let (path, only_files) = match folder.strip_suffix("/*") {
         Some(folder) => (data_dir.join(folder), true),
         None => (data_dir.join(folder), false),
@@ -285,12 +292,16 @@ async fn remove_folder<D: Disk>(disk: &D, data_dir: &Path, folder: &str) -> Resu
         for entry in list(disk, &path).await? {
             remains |= entry.is_dir;
             if !entry.is_dir {
+                let kept = disk.keep_open(&entry.path);
                 remove_file(disk, &entry.path).await?;
+                reclaim.take(kept);
             }
         }
     }
     if !remains {
+        let kept = disk.keep_open(&path);
         disk.remove_dir(&path).await.map_err(|error| StorageError::io("remove", &path, error))?;
+        reclaim.take(kept);
     }
     let Some(parent) = path.parent() else { return Ok(()) };
     match disk.sync_dir(parent).await {

@@ -11,6 +11,7 @@ use crate::disk::{Disk, Folders};
 use crate::error::{Result, StorageError};
 use crate::files::Entry;
 use crate::ids::{SequenceId, TopicId, TopicNo};
+use crate::reclaim::Reclaim;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -210,10 +211,12 @@ pub async fn make_topic_dir<D: Disk>(
 ///
 /// # Errors
 /// When one cannot be removed, or a part of it lies on a volume that is not there: the deletion waits for that.
-pub async fn remove_behind<D: Disk>(disk: &D, volumes: &Volumes, folder: &str) -> Result<()> {
+pub async fn remove_behind<D: Disk>(disk: &D, volumes: &Volumes, folder: &str, reclaim: &Reclaim) -> Result<()> {
     for volume in volumes.others() {
         let real = volume.root.join(folder);
+        let kept = disk.keep_open(&real);
         disk.remove_dir(&real).await.map_err(|error| StorageError::io("remove", &real, error))?;
+        reclaim.take(kept);
         let Some(parent) = real.parent() else { continue };
         match disk.sync_dir(parent).await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -196,11 +196,15 @@ impl Disk for SimDisk {
 
     async fn truncate(&self, file: &SimHandle, length: u64) -> io::Result<()> {
         self.step().await;
-        let mut world = self.world.borrow_mut();
-        let file = &mut world.files[file.0];
-        file.seen.resize(position(length), 0);
-        file.durable = file.seen.clone();
-        file.unsynced.clear();
+        {
+            // The worst order: the new size is durable at once, what was written before it only by the sync.
+            let mut world = self.world.borrow_mut();
+            let file = &mut world.files[file.0];
+            file.seen.resize(position(length), 0);
+            file.durable.resize(position(length), 0);
+        }
+        self.sync(file).await?;
+        self.world.borrow_mut().files[file.0].durable.truncate(position(length));
         Ok(())
     }
 

@@ -10,6 +10,7 @@
 
 mod aligned;
 pub mod allocator;
+pub(crate) mod lease;
 pub mod past_cache;
 
 pub use aligned::AlignedBuf;
@@ -17,6 +18,7 @@ pub use aligned::AlignedBuf;
 use crate::depth::{Buffers, Depth};
 use crate::disk::{Disk, DiskState, Engine};
 use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES, RING_ENTRIES};
+use crate::reclaim;
 use io_uring::{cqueue, opcode, squeue, types};
 use std::cell::RefCell;
 use std::ffi::CString;
@@ -456,6 +458,10 @@ impl Disk for UringDisk {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other.map(|_| ()),
         }
+    }
+
+    fn keep_open(&self, path: &Path) -> Vec<std::fs::File> {
+        reclaim::keep_open(path)
     }
 
     async fn remove_dir(&self, path: &Path) -> io::Result<()> {
