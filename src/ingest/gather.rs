@@ -4,6 +4,10 @@
 
 use std::time::Duration;
 use storage::chunk::Format;
+use storage::limits::{RING_BUFFER_BYTES, RING_BUFFERS_PER_WRITER};
+
+/// What the ring buffers of a writer hold, in bytes.
+const RING_BYTES: u64 = (RING_BUFFERS_PER_WRITER * RING_BUFFER_BYTES) as u64;
 
 /// The rule's settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +21,17 @@ pub(crate) struct ChunkRule {
 }
 
 impl ChunkRule {
+    /// Whether an open chunk that is half full may go right away: its writer has not more under way than its ring buffers
+    /// hold, so nobody is kept waiting, and who sent it need not wait for its time.
+    fn goes_early(&self, chunk: &OpenChunk) -> bool {
+        Self::EARLY_BYTES_MIN.max(self.chunk_bytes / 2) <= chunk.data_bytes
+            && chunk.oldest_unsafe.is_some()
+            && chunk.flushing_bytes + chunk.data_bytes <= RING_BYTES
+    }
+
+    /// A smaller chunk costs more than its rows gain.
+    const EARLY_BYTES_MIN: u64 = 8 << 20;
+
     /// How much earlier than its time a chunk closes at most, however slow the disk is: chunks must not shrink because
     /// it lags behind.
     fn lead_max(&self) -> Duration {
@@ -24,22 +39,32 @@ impl ChunkRule {
     }
 }
 
-/// How long flushes take, smoothed over the last handful.
+/// How long flushes take, smoothed over the last handful as TCP smooths its round trips (RFC 6298).
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct FlushTime(Duration);
+pub(crate) struct FlushTime {
+    mean: Duration,
+    /// Mean distance from it.
+    deviation: Duration,
+}
 
 impl FlushTime {
-    /// The part of a new flush in what is known.
-    const WEIGHT: u32 = 8;
+    /// The part of what is known that a new flush replaces.
+    const MEAN_WEIGHT: u32 = 8;
+    const DEVIATION_WEIGHT: u32 = 4;
+    /// Mean deviations beyond the mean: nine of ten flushes, were they spread as by chance.
+    const DEVIATIONS: u32 = 2;
 
     /// Notes one.
     pub(crate) fn note(&mut self, took: Duration) {
-        self.0 = self.0 - self.0 / Self::WEIGHT + took / Self::WEIGHT;
+        let Self { mean, deviation } = *self;
+        let weight = Self::DEVIATION_WEIGHT;
+        self.deviation = deviation - deviation / weight + took.abs_diff(mean) / weight;
+        self.mean = mean - mean / Self::MEAN_WEIGHT + took / Self::MEAN_WEIGHT;
     }
 
-    /// What the next one will take.
-    pub(crate) fn expected(self) -> Duration {
-        self.0
+    /// What most of them take at most: the mean would let half of all chunks be late.
+    pub(crate) fn most(self) -> Duration {
+        self.mean + self.deviation * Self::DEVIATIONS
     }
 }
 
@@ -52,7 +77,7 @@ pub(crate) struct OpenChunk {
     pub(crate) oldest: Duration,
     /// Age of its oldest batch that is neither in a chunk nor in the tail; `None` if all are safe.
     pub(crate) oldest_unsafe: Option<Duration>,
-    /// How long it will take from closing to durable, as far as the writer knows.
+    /// How long it will take at most from closing to durable, as far as the writer knows.
     pub(crate) flush_takes: Duration,
     /// Whether this is the largest open chunk while memory is short.
     pub(crate) gives_way: bool,
@@ -60,6 +85,8 @@ pub(crate) struct OpenChunk {
     pub(crate) unsafe_bytes: u64,
     /// Whether the tail has room for what is unsafe.
     pub(crate) tail_takes_it: bool,
+    /// Weight of the chunks that its writer has under way, of whatever topic.
+    pub(crate) flushing_bytes: u64,
 }
 
 /// What to do with it now.
@@ -86,6 +113,8 @@ pub(crate) enum Why {
     Age,
     /// The tail takes no more now.
     Crowd,
+    /// Its writer has little under way.
+    Ease,
 }
 
 /// The least weight worth a row group after [`ChunkRule::commit_interval`], in data bytes.
@@ -113,6 +142,9 @@ pub(crate) fn verdict(rule: &ChunkRule, format: Format, chunk: &OpenChunk) -> Ve
     }
     if rule.tail_max_age <= chunk.oldest {
         return Verdict::Close(Why::Age);
+    }
+    if rule.goes_early(chunk) {
+        return Verdict::Close(Why::Ease);
     }
     let worth_it = floor_bytes(format) <= chunk.data_bytes;
     let crowds =
@@ -182,6 +214,9 @@ impl TailRate {
 mod tests {
     use super::*;
 
+    /// So much that the disk is busy.
+    const BUSY: u64 = 64 << 20;
+
     const RULE: ChunkRule = ChunkRule {
         chunk_bytes: 16 << 20,
         commit_interval: Duration::from_millis(50),
@@ -203,9 +238,16 @@ mod tests {
     ) {
         let (oldest, oldest_unsafe) = (ms(oldest), oldest_unsafe.map(ms));
         let flush_takes = Duration::ZERO;
-        let (unsafe_bytes, tail_takes_it) = (data_bytes, true);
-        let chunk =
-            OpenChunk { data_bytes, oldest, oldest_unsafe, flush_takes, gives_way, unsafe_bytes, tail_takes_it };
+        let chunk = OpenChunk {
+            data_bytes,
+            oldest,
+            oldest_unsafe,
+            flush_takes,
+            gives_way,
+            unsafe_bytes: data_bytes,
+            tail_takes_it: true,
+            flushing_bytes: BUSY,
+        };
         assert_eq!(verdict(&RULE, format, &chunk), expected);
     }
 
@@ -219,6 +261,7 @@ mod tests {
             gives_way: false,
             unsafe_bytes,
             tail_takes_it: false,
+            flushing_bytes: BUSY,
         };
         let of = |data_bytes, unsafe_bytes| verdict(&RULE, Format::Default, &crowded(data_bytes, unsafe_bytes));
         assert_eq!(of(128 << 10, 128 << 10), Verdict::Close(Why::Crowd));
@@ -289,6 +332,44 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_that_is_half_full_goes_right_away_if_the_ring_buffers_have_room_for_it() {
+        let of = |data_bytes, flushing_bytes, oldest_unsafe| {
+            let chunk = OpenChunk {
+                data_bytes,
+                oldest: ms(1),
+                oldest_unsafe,
+                flush_takes: ms(5),
+                gives_way: false,
+                unsafe_bytes: data_bytes,
+                tail_takes_it: true,
+                flushing_bytes,
+            };
+            verdict(&RULE, Format::Default, &chunk)
+        };
+        assert_eq!(of(8 << 20, 0, Some(ms(1))), Verdict::Close(Why::Ease));
+        assert_eq!(of(8 << 20, 24 << 20, Some(ms(1))), Verdict::Close(Why::Ease));
+        assert_eq!(of(8 << 20, (24 << 20) + 1, Some(ms(1))), Verdict::Wait);
+        assert_eq!(of((8 << 20) - 1, 0, Some(ms(1))), Verdict::Wait);
+        // All of it is in the tail: it is in no hurry.
+        assert_eq!(of(8 << 20, 0, None), Verdict::Wait);
+        // Who set large chunks gets no small ones.
+        let large = ChunkRule { chunk_bytes: 64 << 20, ..RULE };
+        let chunk = OpenChunk {
+            data_bytes: 31 << 20,
+            oldest: ms(1),
+            oldest_unsafe: Some(ms(1)),
+            flush_takes: ms(5),
+            gives_way: false,
+            unsafe_bytes: 31 << 20,
+            tail_takes_it: true,
+            flushing_bytes: 0,
+        };
+        assert_eq!(verdict(&large, Format::Default, &chunk), Verdict::Wait);
+        let half = OpenChunk { data_bytes: 32 << 20, ..chunk };
+        assert_eq!(verdict(&large, Format::Default, &half), Verdict::Close(Why::Ease));
+    }
+
+    #[test]
     fn a_chunk_closes_as_much_earlier_as_a_flush_takes_up_to_a_quarter_of_the_interval_and_the_tail_does_not() {
         let after = |data_bytes, unsafe_ms, flush_ms| {
             verdict(
@@ -302,6 +383,7 @@ mod tests {
                     gives_way: false,
                     unsafe_bytes: data_bytes,
                     tail_takes_it: true,
+                    flushing_bytes: BUSY,
                 },
             )
         };
@@ -314,18 +396,28 @@ mod tests {
     }
 
     #[test]
-    fn the_expected_flush_time_follows_the_last_ones_and_forgets_a_single_slow_one() {
+    fn the_flush_time_follows_the_last_ones_and_forgets_a_single_slow_one() {
         let mut time = FlushTime::default();
         for _ in 0..40 {
             time.note(ms(16));
         }
-        assert!((ms(15)..=ms(16)).contains(&time.expected()), "{:?}", time.expected());
+        assert!((ms(15)..=ms(17)).contains(&time.most()), "{:?}", time.most());
         time.note(ms(160));
-        assert!(time.expected() < ms(36), "{:?}", time.expected());
-        for _ in 0..24 {
+        assert!(time.most() < ms(16 + 18 + 2 * 37), "{:?}", time.most());
+        for _ in 0..40 {
             time.note(ms(16));
         }
-        assert!(time.expected() < ms(18), "{:?}", time.expected());
+        assert!(time.most() < ms(18), "{:?}", time.most());
+    }
+
+    #[test]
+    fn flushes_that_vary_are_expected_to_take_as_long_as_most_of_them() {
+        let mut time = FlushTime::default();
+        for _ in 0..40 {
+            time.note(ms(4));
+            time.note(ms(12));
+        }
+        assert!((ms(12)..ms(18)).contains(&time.most()), "{:?}", time.most());
     }
 
     #[test]

@@ -244,7 +244,13 @@ impl<D: Disk> Topic<D> {
     }
 
     /// The open chunk as it will be at a time.
-    pub(super) fn look(&self, at: Instant, flush_takes: Duration, gives_way: bool, tail: &TailRate) -> OpenChunk {
+    pub(super) fn look(
+        &self,
+        at: Instant,
+        (flush_takes, flushing_bytes): (Duration, u64),
+        gives_way: bool,
+        tail: &TailRate,
+    ) -> OpenChunk {
         let open = self.open.borrow();
         let age = |since: Instant| at.saturating_duration_since(since);
         OpenChunk {
@@ -255,6 +261,7 @@ impl<D: Disk> Topic<D> {
             gives_way,
             unsafe_bytes: open.data_bytes - open.safe_bytes,
             tail_takes_it: tail.has(open.data_bytes - open.safe_bytes),
+            flushing_bytes,
         }
     }
 

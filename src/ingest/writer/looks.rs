@@ -143,9 +143,9 @@ impl<D: Disk> Writer<D> {
             if topic.open.borrow().marks.is_empty() || topic.failed.borrow().is_some() || topic.ended.get() {
                 continue;
             }
-            let flush_takes = self.flush_time.get().expected();
+            let flushes = (self.flush_time.get().most(), self.flushing_bytes.get());
             let gives_way = giving_way.iter().any(|giving_way| Rc::ptr_eq(giving_way, &topic));
-            let seen = topic.look(horizon, flush_takes, gives_way, &tail);
+            let seen = topic.look(horizon, flushes, gives_way, &tail);
             pace = pace.max(if seen.oldest_unsafe.is_some() { Pace::Unsafe } else { Pace::Safe });
             match verdict(&self.context.rule, topic.record.format, &seen) {
                 Verdict::Close(why) => {

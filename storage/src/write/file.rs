@@ -1,6 +1,6 @@
 //! A segment file that takes chunks: made with its head, reserved in steps, given back when it is left.
 
-use super::prealloc::{PreallocBudget, ahead_step, prealloc_step};
+use super::prealloc::{PreallocBudget, ahead_step, expected_bytes, prealloc_step};
 use crate::disk::{Disk, IoCounters};
 use crate::error::Result;
 use crate::ids::SegmentId;
@@ -25,6 +25,8 @@ pub(super) struct SegmentFile<F> {
     pub(super) write_at: u64,
     /// Where what is reserved ends.
     allocated: u64,
+    /// Its last chunk: weight before encoding, and bytes in the file.
+    last: Option<(u64, u64)>,
     /// Set once a write failed: nothing goes here any more.
     pub(super) poisoned: Rc<Cell<bool>>,
     prealloc: Arc<PreallocBudget>,
@@ -68,6 +70,7 @@ impl Plan {
             first_chunk,
             write_at: first_chunk,
             allocated: first_chunk,
+            last: None,
             poisoned: Rc::default(),
             prealloc,
         })
@@ -84,7 +87,8 @@ impl<F: Clone> SegmentFile<F> {
     /// Reserves room for a chunk, if it is worth it.
     pub(super) async fn reserve<D: Disk<File = F>>(&mut self, disk: &D, data_bytes: u64, segment_bytes: u64) {
         let left = self.prealloc.left();
-        if let Some(step) = prealloc_step(self.allocated, self.write_at, data_bytes, segment_bytes, left) {
+        let chunk = expected_bytes(data_bytes, self.last);
+        if let Some(step) = prealloc_step(self.allocated, self.write_at, chunk, segment_bytes, left) {
             self.allocate(disk, step).await;
         }
     }
@@ -107,8 +111,9 @@ impl<F: Clone> SegmentFile<F> {
         }
     }
 
-    /// Notes a chunk of this padded length.
-    pub(super) fn advance(&mut self, padded: u64) {
+    /// Notes a chunk of this weight and padded length.
+    pub(super) fn advance(&mut self, data_bytes: u64, padded: u64) {
+        self.last = Some((data_bytes, padded));
         self.prealloc.give_back(padded.min(self.allocated.saturating_sub(self.write_at)));
         self.write_at += padded;
     }

@@ -202,7 +202,7 @@ impl<D: Disk> SegmentWriter<D> {
                 return Err(error);
             }
         };
-        current.advance(trailer.record.padded_length);
+        current.advance(chunk.data_bytes, trailer.record.padded_length);
         let skip = SkipRecord { fields: trailer.fields };
         let segment = SegmentRecord {
             no: current.no,
