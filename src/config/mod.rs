@@ -101,9 +101,11 @@ impl Config {
         let streams_max = u32::try_from(at_least("streams_max", number(raw.get("streams_max"))?, 1, "1")?)
             .map_err(|_| refuse(raw.get("streams_max"), "is too large"))?;
         let stream_window_bytes = match raw.get("stream_window").text.as_str() {
-            "auto" => limits::stream_window_bytes(memory_budget_bytes),
-            _ => u32::try_from(at_least("stream_window", size(raw.get("stream_window"))?, 64 << 10, "64KiB")?)
-                .map_err(|_| refuse(raw.get("stream_window"), "must be less than 2GiB"))?,
+            "auto" => limits::stream_window_bytes(memory_budget_bytes, streams_max),
+            // RFC 9113, 6.9.1: no window is larger than 2^31 - 1.
+            _ => i32::try_from(at_least("stream_window", size(raw.get("stream_window"))?, 64 << 10, "64KiB")?)
+                .map_err(|_| refuse(raw.get("stream_window"), "must be less than 2GiB"))?
+                .unsigned_abs(),
         };
         // What HTTP/2 has read of other messages.
         let windows_bytes = u64::from(streams_max) * u64::from(stream_window_bytes);
@@ -295,8 +297,21 @@ mod tests {
         assert_eq!(config.memory_budget_bytes, 2 << 30);
         assert_eq!(config.writers, 4);
         assert_eq!(config.front_threads, 4);
-        assert_eq!(config.touch_memory_bytes, (2 << 30) + (256 << 20));
-        assert_eq!(config.stream_window_bytes, 256 << 10);
+        assert_eq!(config.touch_memory_bytes, (2 << 30) + (512 << 20));
+        assert_eq!(config.stream_window_bytes, 1 << 20);
+    }
+
+    #[test]
+    fn windows_of_all_streams_are_no_more_than_the_budget_unless_it_is_less_than_their_least() {
+        let check = |text: &str, window_bytes: u32| {
+            assert_eq!(check_text(text).expect("right").stream_window_bytes, window_bytes, "{text}");
+        };
+        check("memory_budget = \"512MiB\"", 512 << 10);
+        check("memory_budget = \"512MiB\"\nstreams_max = 64", 1 << 20);
+        check("memory_budget = \"128MiB\"", 256 << 10);
+        check("memory_budget = \"32MiB\"", 256 << 10);
+        check("memory_budget = \"8GiB\"\nstreams_max = 100000", 256 << 10);
+        check("memory_budget = \"32MiB\"\nstreams_max = 1", 1 << 20);
     }
 
     #[track_caller]
@@ -314,6 +329,7 @@ mod tests {
 
     #[test]
     fn a_bad_size_is_refused_with_a_good_example() {
+        check_refused("stream_window = \"2GiB\"", &["stream_window", "2GiB"]);
         check_refused("chunk_bytes = \"64x\"", &["chunk_bytes", "64x", "64MiB"]);
     }
 

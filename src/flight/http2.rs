@@ -21,7 +21,7 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tonic::body::Body;
 use tower::Service;
@@ -175,7 +175,9 @@ async fn answer<C>(
 ) where
     C: Service<Request<RequestBody>, Response = Response<Body>, Error = Infallible>,
 {
-    let mut request = request.map(|stream| RequestBody::new(stream, settings.stream_window_bytes, turns));
+    // Lives as long as anybody waits for the answer.
+    let (_wanted, unwanted) = oneshot::channel();
+    let mut request = request.map(|stream| RequestBody::new(stream, settings.stream_window_bytes, turns, unwanted));
     request.extensions_mut().insert(history);
     let answered = {
         let mut call = pin!(service.call(request));

@@ -237,6 +237,12 @@ impl UploadBody {
                     }
                 }
                 State::Claim { claim, since, length } => {
+                    // What was read of it must not lie here until there is a permit that nobody needs.
+                    if self.inner.poll_unwanted(cx).is_ready() {
+                        return Poll::Ready(Err(Status::cancelled(
+                            "the upload was given up while it waited for memory",
+                        )));
+                    }
                     let permit = ready!(claim.as_mut().poll(cx));
                     let (waited, length) = (since.elapsed(), *length);
                     if let Some(bytes) = self.begin(permit, waited, length) {
@@ -359,26 +365,52 @@ impl Body for UploadBody {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flight::window::tests::{SIZE, all_turns, room, streams};
+    use crate::flight::window::tests::{SIZE, all_turns, room, streams, wanted_streams};
     use arrow_flight::FlightData;
     use prost::Message;
 
+    const STALL: Duration = Duration::from_secs(1);
+
+    fn limits(pool: &Pool) -> UploadLimits {
+        UploadLimits { pool: pool.clone(), message_bytes_max: 32 << 20, stall: STALL, stats: Arc::default() }
+    }
+
+    /// A message of two windows, with its header.
+    fn message() -> Bytes {
+        let message = FlightData { data_body: vec![7; 2 * SIZE].into(), ..Default::default() }.encode_to_vec();
+        let length = u32::try_from(message.len()).expect("short").to_be_bytes();
+        Bytes::from([&[0], &length[..], &message].concat())
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_is_given_up_while_it_waits_for_memory_lets_go_of_what_was_read() {
+        let (mut senders, mut bodies, mut wanted) = wanted_streams(1, 0).await;
+        let (mut sender, body) = (senders.pop().expect("one"), bodies.pop().expect("one"));
+        let pool = Pool::new(64 << 20);
+        let all = pool.claim(64 << 20).await;
+        let monitor = Arc::new(Monitor::default());
+        let mut body = UploadBody::new(body, limits(&pool), Arc::clone(&monitor));
+        room(&mut sender, SIZE).await;
+        sender.send_data(message().split_to(SIZE), false).expect("sent");
+        let waiting = tokio::spawn(async move { std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await });
+        while !pool.is_waited_for() {
+            tokio::task::yield_now().await;
+        }
+        drop(wanted.pop());
+        let end = waiting.await.expect("no panic").expect("an end").expect_err("given up");
+        assert_eq!(end.code(), tonic::Code::Cancelled);
+        assert_eq!(monitor.end(), UploadEnd::Broken);
+        drop(all);
+        assert_eq!(pool.held(), 0);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_sender_that_waits_for_its_turn_does_not_stall_and_one_that_stops_does() {
-        const STALL: Duration = Duration::from_secs(1);
         let (mut senders, mut bodies) = streams(1, 100).await;
         let (mut sender, body) = (senders.pop().expect("one"), bodies.pop().expect("one"));
         let turns = all_turns(&body).await;
-        let limits = UploadLimits {
-            pool: Pool::new(64 << 20),
-            message_bytes_max: 32 << 20,
-            stall: STALL,
-            stats: Arc::default(),
-        };
-        let mut body = UploadBody::new(body, limits, Arc::default());
-        let message = FlightData { data_body: vec![7; 2 * SIZE].into(), ..Default::default() }.encode_to_vec();
-        let length = u32::try_from(message.len()).expect("short").to_be_bytes();
-        let mut bytes = Bytes::from([&[0], &length[..], &message].concat());
+        let mut body = UploadBody::new(body, limits(&Pool::new(64 << 20)), Arc::default());
+        let mut bytes = message();
         room(&mut sender, SIZE).await;
         sender.send_data(bytes.split_to(SIZE), false).expect("sent");
         let mut next = async || std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;

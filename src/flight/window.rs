@@ -6,19 +6,20 @@
 //! ([`TURN_BYTES`]); they are had in the order they were asked for, and one that takes too long ([`TURN_PASSES`]) goes to
 //! the next. So no stream stands still.
 //!
-//! Without it a thousand topics that send as fast as they can have their windows (256 MiB) lie in the server, and most
+//! Without it a thousand topics that send as fast as they can have all their windows lie in the server, and most
 //! bytes have left the caches by the time they are looked at.
 
 use bytes::Bytes;
 use h2::RecvStream;
 use http_body::{Body, Frame};
+use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, Sleep, sleep};
 
 /// What a stream may send before it is admitted: small messages whole, and of larger ones the head, which says how
@@ -26,7 +27,8 @@ use tokio::time::{Instant, Sleep, sleep};
 const UNASKED_BYTES: usize = 16 << 10;
 
 /// What the streams of one connection that have a turn may send, together. Twice what a core has to itself:
-/// half of it is on its way. Eight uploads with windows of 256 KiB need no turns.
+/// half of it is on its way. Two uploads with windows of 1 MiB need no turns; four that take turns cost less than four
+/// that do not.
 const TURN_BYTES: usize = 2 << 20;
 
 /// A turn is over after so long, whatever its sender still has of it: a thousand times what it takes over a fast line.
@@ -46,10 +48,11 @@ impl Turns {
         Self { free: Arc::new(Semaphore::new(TURN_BYTES)), uploads: Arc::default() }
     }
 
-    /// Whether the windows of all uploads are more than turns allow. Few streams would stand still between their
-    /// messages, and gain nothing.
+    /// Whether the windows of all uploads are more than turns allow. One alone would stand still between its messages,
+    /// and gain nothing.
     fn are_needed(&self, window_bytes: usize) -> bool {
-        TURN_BYTES < self.uploads.load(Ordering::Relaxed).saturating_mul(window_bytes)
+        let uploads = self.uploads.load(Ordering::Relaxed);
+        uploads > 1 && TURN_BYTES < uploads.saturating_mul(window_bytes)
     }
 
     /// Waits for a turn of so many bytes.
@@ -143,15 +146,27 @@ pub(super) struct RequestBody {
     turns: Turns,
     claim: Option<Claim>,
     turn: Option<Turn>,
+    /// Closed when nobody waits for the answer any more.
+    unwanted: oneshot::Receiver<Infallible>,
     /// The data are over; trailers may follow.
     is_over: bool,
 }
 
 impl RequestBody {
-    /// Of a stream whose sender begins with a window of so many bytes.
-    pub(super) fn new(stream: RecvStream, window_bytes: u32, turns: Turns) -> Self {
+    /// Of a stream whose sender begins with a window of so many bytes. `unwanted` closes when nobody waits for the answer.
+    pub(super) fn new(
+        stream: RecvStream,
+        window_bytes: u32,
+        turns: Turns,
+        unwanted: oneshot::Receiver<Infallible>,
+    ) -> Self {
         let window = Window::new(usize::try_from(window_bytes).unwrap_or(usize::MAX));
-        Self { stream, window, wanted: None, turns, claim: None, turn: None, is_over: false }
+        Self { stream, window, wanted: None, turns, claim: None, turn: None, unwanted, is_over: false }
+    }
+
+    /// Ready when nobody waits for the answer any more, as after a reset: who does not read on would not see it.
+    pub(super) fn poll_unwanted(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        Pin::new(&mut self.unwanted).poll(cx).map(drop)
     }
 
     /// Says that so many more bytes of an admitted message can be taken, none between messages. Until it is said for
@@ -330,6 +345,16 @@ pub(super) mod tests {
 
     /// Streams of one connection that has so many `others`: their senders, and what comes of them.
     pub(crate) async fn streams(count: usize, others: usize) -> (Vec<h2::SendStream<Bytes>>, Vec<RequestBody>) {
+        let (senders, bodies, wanted) = wanted_streams(count, others).await;
+        wanted.into_iter().for_each(std::mem::forget);
+        (senders, bodies)
+    }
+
+    /// As [`streams`], with what says that somebody waits for their answers.
+    pub(crate) async fn wanted_streams(
+        count: usize,
+        others: usize,
+    ) -> (Vec<h2::SendStream<Bytes>>, Vec<RequestBody>, Vec<oneshot::Sender<Infallible>>) {
         let (near, far) = tokio::io::duplex(64 << 10);
         let accept = async {
             let mut builder = h2::server::Builder::new();
@@ -337,17 +362,19 @@ pub(super) mod tests {
             let mut connection = builder.handshake::<_, Bytes>(far).await.expect("a server");
             let turns = Turns::new();
             turns.uploads.store(others, Ordering::Relaxed);
-            let (mut bodies, mut answers) = (Vec::new(), Vec::new());
+            let (mut bodies, mut answers, mut all_wanted) = (Vec::new(), Vec::new(), Vec::new());
             while bodies.len() < count {
                 let (request, answer) = connection.accept().await.expect("a stream").expect("a request");
-                bodies.push(RequestBody::new(request.into_body(), SIZE as u32, turns.clone()));
+                let (wanted, unwanted) = oneshot::channel();
+                bodies.push(RequestBody::new(request.into_body(), SIZE as u32, turns.clone(), unwanted));
                 answers.push(answer);
+                all_wanted.push(wanted);
             }
             tokio::spawn(async move {
                 let _answers = answers;
                 while connection.accept().await.is_some() {}
             });
-            bodies
+            (bodies, all_wanted)
         };
         let send = async {
             let (mut requests, connection) = h2::client::handshake(near).await.expect("a client");
@@ -363,7 +390,8 @@ pub(super) mod tests {
             tokio::spawn(futures::future::join_all(answers));
             senders
         };
-        futures::join!(send, accept)
+        let (senders, (bodies, wanted)) = futures::join!(send, accept);
+        (senders, bodies, wanted)
     }
 
     pub(crate) async fn room(sender: &mut h2::SendStream<Bytes>, bytes: usize) {

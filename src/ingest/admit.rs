@@ -234,7 +234,7 @@ impl Pool {
         self.shared.general_bytes - state.general_free + state.overdraft + self.shared.small_bytes - state.small_free
     }
 
-    fn is_waited_for(&self) -> bool {
+    pub(crate) fn is_waited_for(&self) -> bool {
         self.lock().is_waited_for()
     }
 
