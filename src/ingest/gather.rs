@@ -4,10 +4,10 @@
 
 use std::time::Duration;
 use storage::chunk::Format;
-use storage::limits::{RING_BUFFER_BYTES, RING_BUFFERS_PER_WRITER};
+use storage::limits::{RING_BUFFER_BYTES, RING_WRITES_AT_DEVICE};
 
-/// What the ring buffers of a writer hold, in bytes.
-const RING_BYTES: u64 = (RING_BUFFERS_PER_WRITER * RING_BUFFER_BYTES) as u64;
+/// What a writer has at the device at most, in bytes.
+const RING_BYTES: u64 = (RING_WRITES_AT_DEVICE * RING_BUFFER_BYTES) as u64;
 
 /// The rule's settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,9 +11,16 @@ pub const BLOCK_BYTES: u64 = 4096;
 /// Smaller: more system calls a chunk. Larger: the slice that a writer encodes without parking grows.
 pub const RING_BUFFER_BYTES: usize = 1 << 20;
 
-/// Ring buffers of one writer thread. Bounds the bytes under way to the device while only chunks go there: some wait
-/// for the file system after the device is done with them.
-pub const RING_BUFFERS_PER_WRITER: usize = 32;
+/// Ring buffers of one writer thread.
+pub const RING_BUFFERS_PER_WRITER: usize = RING_WRITES_AT_DEVICE + RING_BUFFERS_READY;
+
+/// Writes of one thread that are at the device at once. Bounds the bytes under way to it while only chunks go there: some
+/// wait for the file system after the device is done with them.
+pub const RING_WRITES_AT_DEVICE: usize = 32;
+
+/// Buffers filled meanwhile, which go as soon as one comes back: a device that answers all that it has at once would
+/// otherwise have nothing to do until the next one is filled.
+const RING_BUFFERS_READY: usize = 16;
 
 /// Buffers of one thread that may be out at once while somebody waits for a small durable write, which stands behind
 /// them at the device: the 8 MiB of one writer are 3 to 6 ms of the measured disk.

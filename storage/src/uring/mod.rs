@@ -17,10 +17,10 @@ pub use aligned::AlignedBuf;
 
 use crate::depth::{Buffers, Depth};
 use crate::disk::{Disk, DiskState, Engine};
-use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES, RING_ENTRIES};
+use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES, RING_ENTRIES, RING_WRITES_AT_DEVICE};
 use crate::reclaim;
 use io_uring::{cqueue, opcode, squeue, types};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::CString;
 use std::future::Future;
 use std::io;
@@ -29,7 +29,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::rc::Rc;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio_uring::buf::fixed::{FixedBuf, FixedBufRegistry};
 use tokio_uring::{OneshotOutputTransform, UnsubmittedOneshot};
 
@@ -149,9 +149,27 @@ struct Pool {
     returned: Notify,
     count: usize,
     depth: Depth,
+    /// Places at the device; see [`RING_WRITES_AT_DEVICE`].
+    places: Semaphore,
+    /// Writes that wait for one.
+    ready: Cell<usize>,
 }
 
 impl Pool {
+    fn new(registry: Option<FixedBufRegistry<AlignedBuf>>, free: Vec<Slot>, depth: Depth) -> Self {
+        let count = free.len();
+        let places = Semaphore::new(RING_WRITES_AT_DEVICE);
+        Self { registry, free: RefCell::new(free), returned: Notify::new(), count, depth, places, ready: Cell::new(0) }
+    }
+
+    /// Waits for a place at the device.
+    async fn place(&self) -> Option<SemaphorePermit<'_>> {
+        self.ready.set(self.ready.get() + 1);
+        let place = self.places.acquire().await;
+        self.ready.set(self.ready.get() - 1);
+        place.ok() // The places are never closed.
+    }
+
     /// A free buffer, if one more may be out. Wakes the next who waits, if yet another may.
     fn take(&self) -> Option<Slot> {
         let allowed = self.depth.allowed(self.count);
@@ -272,8 +290,7 @@ impl UringDisk {
             Some(registry) => (0..count).filter_map(|index| registry.check_out(index).map(Slot::Fixed)).collect(),
             None => std::iter::repeat_with(|| Slot::Plain(AlignedBuf::new())).take(count).collect(),
         };
-        let pool = Pool { registry, free: RefCell::new(free), returned: Notify::new(), count, depth };
-        Self { pool: Rc::new(pool), direct: state.direct }
+        Self { pool: Rc::new(Pool::new(registry, free, depth)), direct: state.direct }
     }
 
     async fn open_with(&self, path: &Path, flags: i32) -> io::Result<UringFile> {
@@ -353,8 +370,9 @@ impl Disk for UringDisk {
         len: usize,
         at: u64,
     ) -> impl Future<Output = (io::Result<()>, PoolBuf)> + 'static {
-        let file = file.clone();
+        let (file, pool) = (file.clone(), Rc::clone(&self.pool));
         async move {
+            let place = pool.place().await;
             let mut done = 0;
             while done < len {
                 let entry = write_entry(&file, &mut buf, done, len - done, at + done as u64);
@@ -367,6 +385,11 @@ impl Disk for UringDisk {
                     Err(error) if is_transient(&error) => {}
                     Err(error) => return (Err(error), buf),
                 }
+            }
+            drop(place);
+            if pool.ready.get() > 0 {
+                // What is filled goes before this buffer is filled again.
+                tokio_uring::no_op().await.ok();
             }
             (Ok(()), buf)
         }
@@ -486,12 +509,28 @@ mod tests {
     use tokio::time::timeout;
 
     const SOON: Duration = Duration::from_secs(10);
+    const A_MOMENT: Duration = Duration::from_millis(20);
 
     fn disk(count: usize, depth: &Depth) -> UringDisk {
         let free = std::iter::repeat_with(|| Slot::Plain(AlignedBuf::new())).take(count).collect();
         let depth = depth.clone();
-        let pool = Pool { registry: None, free: RefCell::new(free), returned: Notify::new(), count, depth };
-        UringDisk { pool: Rc::new(pool), direct: false }
+        UringDisk { pool: Rc::new(Pool::new(None, free, depth)), direct: false }
+    }
+
+    #[tokio::test]
+    async fn a_filled_buffer_waits_while_the_device_has_enough_and_goes_when_one_comes_back() {
+        let pool = disk(1, &Depth::default()).pool;
+        let mut places = Vec::new();
+        for _ in 0..RING_WRITES_AT_DEVICE {
+            places.push(timeout(SOON, pool.place()).await.expect("a place"));
+        }
+        assert_eq!(pool.ready.get(), 0);
+        let mut next = std::pin::pin!(pool.place());
+        assert!(timeout(A_MOMENT, &mut next).await.is_err(), "the device has enough");
+        assert_eq!(pool.ready.get(), 1);
+        places.pop();
+        assert!(timeout(SOON, next).await.expect("its turn").is_some());
+        assert_eq!(pool.ready.get(), 0);
     }
 
     #[tokio::test]
@@ -505,7 +544,7 @@ mod tests {
         }
         // Again: the machine may have stood still meanwhile.
         depth.small_write();
-        let one_more = timeout(Duration::from_millis(20), disk.buffer()).await;
+        let one_more = timeout(A_MOMENT, disk.buffer()).await;
         assert!(one_more.is_err(), "more than {RING_BUFFERS_LOW} are out");
         // Somebody waits for each that is free, and one buffer that comes back wakes them all.
         let later = async {
