@@ -139,6 +139,8 @@ enum State {
     Compressed { left: u64 },
     /// The message is being put together.
     Message { permit: Option<Permit>, assembler: Assembler },
+    /// Nothing more is wanted: what was waited for or read is let go.
+    Ended,
 }
 
 /// An empty, uncompressed message.
@@ -279,6 +281,7 @@ impl UploadBody {
                     self.state = State::Header { have: 0 };
                     return Poll::Ready(Ok(Some(Bytes::from_static(&EMPTY_MESSAGE))));
                 }
+                State::Ended => return Poll::Ready(Ok(None)),
             }
         }
     }
@@ -286,7 +289,7 @@ impl UploadBody {
     /// Says how much the sender may send: what this message was admitted for.
     fn meter(&mut self) {
         let left = match &self.state {
-            State::Header { .. } | State::Claim { .. } => 0,
+            State::Header { .. } | State::Claim { .. } | State::Ended => 0,
             State::Compressed { left } => *left,
             State::Message { assembler, .. } => assembler.left() as u64,
         };
@@ -321,8 +324,13 @@ impl Body for UploadBody {
                 Err(status) => {
                     this.inner.want(0);
                     this.monitor.note_end(UploadEnd::Broken);
+                    // Whoever polls this may keep it for as long as it takes to end the topic.
+                    (this.state, this.pending) = (State::Ended, Bytes::new());
                     return Poll::Ready(Some(Err(status)));
                 }
+            }
+            if matches!(this.state, State::Ended) {
+                return Poll::Ready(None);
             }
             this.meter();
             let waited_for_turn = this.inner.waits_for_turn();
@@ -392,16 +400,21 @@ mod tests {
         let mut body = UploadBody::new(body, limits(&pool), Arc::clone(&monitor));
         room(&mut sender, SIZE).await;
         sender.send_data(message().split_to(SIZE), false).expect("sent");
-        let waiting = tokio::spawn(async move { std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await });
+        let waiting = tokio::spawn(async move {
+            let end = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
+            (end, body)
+        });
         while !pool.is_waited_for() {
             tokio::task::yield_now().await;
         }
         drop(wanted.pop());
-        let end = waiting.await.expect("no panic").expect("an end").expect_err("given up");
-        assert_eq!(end.code(), tonic::Code::Cancelled);
+        let (end, mut body) = waiting.await.expect("no panic");
+        assert_eq!(end.expect("an end").expect_err("given up").code(), tonic::Code::Cancelled);
         assert_eq!(monitor.end(), UploadEnd::Broken);
+        // Also while the body is kept, and whoever asks once more.
         drop(all);
         assert_eq!(pool.held(), 0);
+        assert!(std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,8 +2,8 @@
 //! durable write, which stands behind all of them.
 //!
 //! A device does best with a deep queue, and a sync waits for all that is before it. The first small write after a
-//! quiet while still meets the deep one: what is out comes back by itself. Plain system calls have no queue: the posix
-//! engine gets its buffers at once.
+//! quiet while still meets the deep one, and what stands filled behind it: what is out comes back by itself. Plain
+//! system calls have no queue: the posix engine gets its buffers at once.
 
 use crate::limits::{DEPTH_LOW_AFTER, RING_BUFFERS_LOW};
 use std::sync::Arc;

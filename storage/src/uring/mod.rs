@@ -151,7 +151,7 @@ struct Pool {
     depth: Depth,
     /// Places at the device; see [`RING_WRITES_AT_DEVICE`].
     places: Semaphore,
-    /// Writes that wait for one.
+    /// Writes that wait for one. A hint: one too many costs a no-op.
     ready: Cell<usize>,
 }
 
