@@ -171,7 +171,7 @@ pub(crate) const CACHED_BYTES: u64 = 16 << 20;
 /// HTTP/2 frames; 16 KiB, the default, halves ingest.
 pub(crate) const FRAME_BYTES: u32 = 1 << 20;
 
-/// Window of a stream at most; see [`stream_window_bytes`]. With 256 KiB, one stream of large frames costs a seventh more
+/// Window of a stream at most; see [`stream_window_bytes`]. With 256 KiB, one stream of large frames costs a sixth more
 /// CPU: sender and server wait for each other more often.
 pub(crate) const STREAM_WINDOW_BYTES_MAX: u64 = 1 << 20;
 /// Window of a stream at least, however small the budget: what it has under way in 0.2 ms at 10 Gbit/s.

@@ -322,6 +322,20 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn turns_are_for_uploads_whose_windows_are_more_together_than_turns_allow_and_never_for_one_alone() {
+        let check = |uploads: usize, window_bytes: usize, expected: bool| {
+            let turns = Turns::new();
+            turns.uploads.store(uploads, Ordering::Relaxed);
+            assert_eq!(turns.are_needed(window_bytes), expected, "{uploads} uploads of {window_bytes} bytes");
+        };
+        check(0, SIZE, false);
+        check(TURN_BYTES / SIZE, SIZE, false);
+        check(TURN_BYTES / SIZE + 1, SIZE, true);
+        check(1, TURN_BYTES * 2, false);
+        check(2, TURN_BYTES * 2, true);
+    }
+
+    #[test]
     fn no_stream_stands_still_whatever_its_messages_and_pieces() {
         let mut random = Random::new(11);
         for round in 0..200 {
