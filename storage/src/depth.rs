@@ -2,7 +2,7 @@
 //! durable write, which stands behind all of them.
 //!
 //! A device does best with a deep queue, and a sync waits for all that is before it. The first small write after a
-//! quiet while still meets the deep one, and what stands filled behind it: what is out comes back by itself. Plain
+//! quiet while still meets the deep one: what is there comes back by itself. Plain
 //! system calls have no queue: the posix engine gets its buffers at once.
 
 use crate::limits::{DEPTH_LOW_AFTER, RING_BUFFERS_LOW};
@@ -52,7 +52,7 @@ impl Depth {
         self.shared.small.store(self.now_ms() + 1, Ordering::Relaxed);
     }
 
-    /// How many of a pool's buffers may be out now.
+    /// How many of so many buffers may be out now, or how many of so many writes at the device.
     pub fn allowed(&self, buffers: usize) -> usize {
         allowed(buffers, self.shared.small.load(Ordering::Relaxed), self.now_ms())
     }

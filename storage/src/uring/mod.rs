@@ -29,7 +29,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::rc::Rc;
-use tokio::sync::{Notify, Semaphore, SemaphorePermit};
+use tokio::sync::Notify;
 use tokio_uring::buf::fixed::{FixedBuf, FixedBufRegistry};
 use tokio_uring::{OneshotOutputTransform, UnsubmittedOneshot};
 
@@ -149,25 +149,54 @@ struct Pool {
     returned: Notify,
     count: usize,
     depth: Depth,
-    /// Places at the device; see [`RING_WRITES_AT_DEVICE`].
-    places: Semaphore,
-    /// Writes that wait for one. A hint: one too many costs a no-op.
+    /// Writes at the device; see [`RING_WRITES_AT_DEVICE`].
+    at_device: Cell<usize>,
+    /// Writes that wait for their turn there. A hint: one too many costs a no-op.
     ready: Cell<usize>,
+    /// A write is back from the device.
+    back: Notify,
 }
 
 impl Pool {
     fn new(registry: Option<FixedBufRegistry<AlignedBuf>>, free: Vec<Slot>, depth: Depth) -> Self {
         let count = free.len();
-        let places = Semaphore::new(RING_WRITES_AT_DEVICE);
-        Self { registry, free: RefCell::new(free), returned: Notify::new(), count, depth, places, ready: Cell::new(0) }
+        Self {
+            registry,
+            free: RefCell::new(free),
+            returned: Notify::new(),
+            count,
+            depth,
+            at_device: Cell::new(0),
+            ready: Cell::new(0),
+            back: Notify::new(),
+        }
     }
 
-    /// Waits for a place at the device.
-    async fn place(&self) -> Option<SemaphorePermit<'_>> {
+    /// Waits until one more write may be at the device.
+    async fn place(&self) -> Place<'_> {
         self.ready.set(self.ready.get() + 1);
-        let place = self.places.acquire().await;
+        let place = loop {
+            if let Some(place) = self.try_place() {
+                break place;
+            }
+            self.back.notified().await;
+        };
         self.ready.set(self.ready.get() - 1);
-        place.ok() // The places are never closed.
+        place
+    }
+
+    /// A place at the device, if one more write may be there. Wakes the next who waits, if yet another may.
+    fn try_place(&self) -> Option<Place<'_>> {
+        let allowed = self.depth.allowed(RING_WRITES_AT_DEVICE);
+        let there = self.at_device.get();
+        if there >= allowed {
+            return None;
+        }
+        self.at_device.set(there + 1);
+        if there + 1 < allowed {
+            self.back.notify_one();
+        }
+        Some(Place { pool: self })
     }
 
     /// A free buffer, if one more may be out. Wakes the next who waits, if yet another may.
@@ -179,6 +208,18 @@ impl Pool {
             self.returned.notify_one();
         }
         slot
+    }
+}
+
+/// A write's place at the device, until it is dropped.
+struct Place<'a> {
+    pool: &'a Pool,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.pool.at_device.set(self.pool.at_device.get() - 1);
+        self.pool.back.notify_one();
     }
 }
 
@@ -529,8 +570,34 @@ mod tests {
         assert!(timeout(A_MOMENT, &mut next).await.is_err(), "the device has enough");
         assert_eq!(pool.ready.get(), 1);
         places.pop();
-        assert!(timeout(SOON, next).await.expect("its turn").is_some());
+        places.push(timeout(SOON, next).await.expect("its turn"));
         assert_eq!(pool.ready.get(), 0);
+        places.clear();
+        assert_eq!(pool.at_device.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_filled_stands_back_after_a_small_write_and_all_of_it_goes_later() {
+        let depth = Depth::default();
+        let pool = disk(1, &depth).pool;
+        depth.small_write();
+        let mut there = Vec::new();
+        for _ in 0..RING_BUFFERS_LOW {
+            there.push(timeout(SOON, pool.place()).await.expect("a place"));
+        }
+        // Again: the machine may have stood still meanwhile.
+        depth.small_write();
+        assert!(timeout(A_MOMENT, pool.place()).await.is_err(), "more than {RING_BUFFERS_LOW} are there");
+        // One that is back wakes all who may go.
+        let later = async {
+            tokio::time::sleep(DEPTH_LOW_AFTER + Duration::from_millis(10)).await;
+            there.pop();
+        };
+        let rest = timeout(SOON, async { tokio::join!(later, pool.place(), pool.place(), pool.place()) });
+        let ((), first, second, third) = rest.await.expect("all three go");
+        assert_eq!(pool.at_device.get(), RING_BUFFERS_LOW - 1 + 3);
+        drop((first, second, third, there));
+        assert_eq!(pool.at_device.get(), 0);
     }
 
     #[tokio::test]
