@@ -168,6 +168,36 @@ pub(crate) const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 /// reads it: half of a middling last-level cache.
 pub(crate) const CACHED_BYTES: u64 = 16 << 20;
 
+/// Most that deflate can blow up: the claim for a compressed message, whose real size is unknown.
+pub(crate) const DEFLATE_RATIO_MAX: u64 = 1032;
+
+/// Bytes of one request that is no upload: an action with as much user metadata as may be, and what is around it.
+pub(crate) const REQUEST_BYTES_MAX: u64 = USER_METADATA_BYTES_MAX as u64 + (1 << 20);
+/// What a byte of a request's text becomes at most: `{"":0},` is a value of 32 bytes and a map of some 250, and lists
+/// grow by doubling.
+const REQUEST_EXPANSION: u64 = 64;
+/// What a request costs beside its text.
+const REQUEST_OVERHEAD_BYTES: u64 = 4 << 10;
+/// Memory of requests that come in or are worked on, together: a thousand usual ones. A larger one has it alone.
+pub(crate) const REQUESTS_BYTES: u64 = 64 << 20;
+/// What a request must bring at least, once it was admitted.
+pub(crate) const REQUEST_BYTES_A_SECOND: u64 = 64 << 10;
+
+/// Requests that find a place beside as many uploads as may be: a program that makes all its topics at once.
+/// See [`requests_max`].
+const REQUESTS_BESIDE_UPLOADS: u32 = 128;
+
+/// Memory of a connection beside its windows: a frame that is half here, headers, and streams that ended early.
+pub(crate) const CONNECTION_BYTES: u64 = FRAME_BYTES as u64 + (512 << 10);
+/// Streams of a connection that are remembered after they ended before their senders did, half a kilobyte each. A thousand
+/// uploads may be refused at once.
+pub(crate) const ENDED_EARLY_MAX: usize = 1024;
+/// For how long: what their senders had written lies before them in the socket, and is no fault.
+pub(crate) const ENDED_EARLY_FOR: Duration = Duration::from_secs(10);
+/// Faults of a peer that end its connection. What comes for streams that are forgotten counts, over the connection's
+/// whole life.
+pub(crate) const FAULTS_MAX: usize = 1 << 16;
+
 /// HTTP/2 frames; 16 KiB, the default, halves ingest.
 pub(crate) const FRAME_BYTES: u32 = 1 << 20;
 
@@ -193,6 +223,22 @@ pub(crate) fn stream_window_bytes(budget_bytes: u64, streams_max: u32) -> u32 {
     u32::try_from(share.clamp(STREAM_WINDOW_BYTES_MIN, STREAM_WINDOW_BYTES_MAX)).unwrap_or(u32::MAX)
 }
 
+/// As many connections as a quarter of the budget is enough for, from 64 to 1024.
+pub(crate) fn connections_max(budget_bytes: u64) -> u32 {
+    u32::try_from((budget_bytes / 4 / CONNECTION_BYTES).clamp(64, 1024)).unwrap_or(u32::MAX)
+}
+
+/// Requests that may still come, uploads among them, if there may be so many uploads.
+pub(crate) fn requests_max(streams_max: u32) -> u32 {
+    streams_max.saturating_add(REQUESTS_BESIDE_UPLOADS)
+}
+
+/// What a request of so many bytes may become in memory.
+pub(crate) fn request_weight(bytes: u64, is_compressed: bool) -> u64 {
+    let bytes = if is_compressed { bytes.saturating_mul(DEFLATE_RATIO_MAX).min(REQUEST_BYTES_MAX) } else { bytes };
+    REQUEST_OVERHEAD_BYTES + bytes * REQUEST_EXPANSION
+}
+
 /// INV-7: what the process may hold whatever clients do, part by part, in bytes.
 pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
     let writers = config.writers as u64;
@@ -205,7 +251,10 @@ pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
         // One request larger than its pool, admitted when the pool is empty.
         ("oversized_message", config.message_bytes_max.saturating_sub(receive * 9 / 10)),
         ("oversized_batch", config.batch_memory_max.saturating_sub(decode * 9 / 10)),
-        ("http2_windows", u64::from(config.stream_window_bytes) * u64::from(config.streams_max)),
+        ("http2_windows", u64::from(config.stream_window_bytes) * u64::from(requests_max(config.streams_max))),
+        ("connections", CONNECTION_BYTES * u64::from(config.connections_max)),
+        ("requests", REQUESTS_BYTES),
+        ("oversized_request", request_weight(REQUEST_BYTES_MAX, false).saturating_sub(REQUESTS_BYTES * 9 / 10)),
         // A field of many leaves is encoded beside itself; a page may be one whole value.
         ("encode", writers * (config.chunk_bytes + config.message_bytes_max)),
         ("ring_buffers", buffers * storage::limits::RING_BUFFER_BYTES as u64),

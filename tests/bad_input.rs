@@ -266,6 +266,16 @@ fn a_message_over_the_limit_is_refused_naming_the_limit() {
 }
 
 #[test]
+fn an_action_over_the_limit_of_requests_is_refused_naming_it() {
+    run(async {
+        let (_server, mut client, _key) = open().await;
+        let result = raw_action(&mut client, "sequence_create", vec![b' '; 6 << 20]).await;
+        check_refused(result, Code::ResourceExhausted, &["6291", "5242880", "DoPut"]);
+        action(&mut client, "version", json!({})).await.expect("an answer");
+    });
+}
+
+#[test]
 fn a_message_that_claims_2_to_the_40_uncompressed_bytes_is_refused() {
     run(async {
         let (_server, mut client, key) = open().await;

@@ -59,6 +59,8 @@ pub(crate) struct Config {
     pub(crate) read_cache_bytes: u64,
     pub(crate) message_bytes_max: u64,
     pub(crate) batch_memory_max: u64,
+    pub(crate) connections_max: u32,
+    /// Uploads at once, over all connections, and as many DoGet streams.
     pub(crate) streams_max: u32,
     pub(crate) stream_window_bytes: u32,
     pub(crate) upload_stall: Duration,
@@ -98,8 +100,15 @@ impl Config {
             if least <= value { Ok(value) } else { Err(refuse(raw.get(key), &format!("must be at least {what}"))) }
         };
         at_least("memory_budget", memory_budget_bytes, 32 << 20, "32MiB")?;
-        let streams_max = u32::try_from(at_least("streams_max", number(raw.get("streams_max"))?, 1, "1")?)
-            .map_err(|_| refuse(raw.get("streams_max"), "is too large"))?;
+        let count = |key: &str| {
+            u32::try_from(at_least(key, number(raw.get(key))?, 1, "1")?)
+                .map_err(|_| refuse(raw.get(key), "is too large"))
+        };
+        let streams_max = count("streams_max")?;
+        let connections_max = match raw.get("connections_max").text.as_str() {
+            "auto" => limits::connections_max(memory_budget_bytes),
+            _ => count("connections_max")?,
+        };
         let stream_window_bytes = match raw.get("stream_window").text.as_str() {
             "auto" => limits::stream_window_bytes(memory_budget_bytes, streams_max),
             // RFC 9113, 6.9.1: no window is larger than 2^31 - 1.
@@ -108,7 +117,7 @@ impl Config {
                 .unsigned_abs(),
         };
         // What HTTP/2 has read of other messages.
-        let windows_bytes = u64::from(streams_max) * u64::from(stream_window_bytes);
+        let windows_bytes = u64::from(limits::requests_max(streams_max)) * u64::from(stream_window_bytes);
         let touch_memory_bytes = match raw.get("touch_memory").text.as_str() {
             // On a small machine the windows of all streams would be more than everything else.
             "auto" => memory_budget_bytes.saturating_add(windows_bytes.min(memory_budget_bytes / 4)),
@@ -165,6 +174,7 @@ impl Config {
             read_cache_bytes: size(raw.get("read_cache"))?,
             message_bytes_max: at_least("message_bytes_max", size(raw.get("message_bytes_max"))?, 1 << 20, "1MiB")?,
             batch_memory_max: at_least("batch_memory_max", size(raw.get("batch_memory_max"))?, 1 << 20, "1MiB")?,
+            connections_max,
             streams_max,
             stream_window_bytes,
             upload_stall: duration(raw.get("upload_stall"))?,

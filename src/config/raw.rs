@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Every key with its default, in the order of the shipped file.
-pub(crate) const KEYS: [(&str, &str); 30] = [
+pub(crate) const KEYS: [(&str, &str); 31] = [
     ("data_dir", "flightbox-data"),
     ("data_dirs", ""),
     ("listen", "127.0.0.1:6726"),
@@ -18,6 +18,7 @@ pub(crate) const KEYS: [(&str, &str); 30] = [
     ("read_cache", "128MiB"),
     ("message_bytes_max", "50MiB"),
     ("batch_memory_max", "256MiB"),
+    ("connections_max", "auto"),
     ("streams_max", "1024"),
     ("stream_window", "auto"),
     ("upload_stall", "30s"),

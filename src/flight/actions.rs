@@ -130,8 +130,8 @@ impl Body {
     fn user_metadata(&self) -> Result<String, Status> {
         match self.fields.get("user_metadata") {
             None | Some(Value::Null) => Ok("{}".to_owned()),
-            Some(Value::Object(object)) => {
-                let text = Value::Object(object.clone()).to_string();
+            Some(object @ Value::Object(_)) => {
+                let text = object.to_string();
                 if text.len() > limits::USER_METADATA_BYTES_MAX {
                     return Err(invalid(format!(
                         "action `{}`: `user_metadata` has {} bytes, over the limit of {}",

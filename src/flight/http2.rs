@@ -1,13 +1,16 @@
 //! HTTP/2 connections: their streams become calls of the service, and its answers go back.
 //!
 //! Guarantees: a peer that is gone is noticed within twice [`KEEPALIVE`] and [`KEEPALIVE_WAIT`]; a call whose stream is
-//! reset is dropped, so a client's deadline is its own; on shutdown the streams that are open end, and no more begin.
+//! reset is dropped, so a client's deadline is its own; a connection or call for which there is no place
+//! ([`crate::flight::places`]) is told so; on shutdown the streams that are open end, and no more begin.
 //! Written on h2 itself: hyper gives a sender its window back as soon as bytes are read; here
 //! [`crate::flight::window`] says when.
 
 use crate::flight::dialect::Connection;
+use crate::flight::places::{AnswerPlace, ConnectionPlace, Places, RequestPlace};
 use crate::flight::window::{RequestBody, Turns};
 use crate::flight::wire::{Heard, Wire};
+use crate::limits::{ENDED_EARLY_FOR, ENDED_EARLY_MAX, FAULTS_MAX};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use h2::server::SendResponse;
@@ -23,6 +26,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
+use tonic::Status;
 use tonic::body::Body;
 use tower::Service;
 
@@ -36,8 +40,10 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 const HEADERS_BYTES_MAX: u32 = 16 << 10;
 /// What a stream holds of its answer beyond what the peer has room for, in bytes.
 const SEND_BUFFER_BYTES: usize = 400 << 10;
-/// Streams that a peer may make end by its own faults.
-const FAULTS_MAX: usize = 1024;
+/// Connections without a place that are told so at once; more are closed without a word.
+const REFUSALS_AT_ONCE: usize = 32;
+/// How long telling it may take: a client calls as soon as it is connected.
+const REFUSAL_WAIT: Duration = Duration::from_secs(5);
 
 /// What is said to a peer at the beginning.
 #[derive(Debug, Clone, Copy)]
@@ -45,7 +51,6 @@ pub(super) struct Settings {
     pub(super) stream_window_bytes: u32,
     pub(super) connection_window_bytes: u32,
     pub(super) frame_bytes: u32,
-    pub(super) streams_max: u32,
 }
 
 /// Serves connections until `stopping` becomes true and the streams that are open have ended.
@@ -53,6 +58,7 @@ pub(super) async fn serve<S, C>(
     incoming: impl Stream<Item = io::Result<Wire<S>>>,
     service: C,
     settings: Settings,
+    places: Places,
     stopping: watch::Receiver<bool>,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -60,6 +66,7 @@ pub(super) async fn serve<S, C>(
     C::Future: Send,
 {
     let mut connections = JoinSet::new();
+    let (mut refusals, mut is_full) = (JoinSet::new(), false);
     {
         let mut stopped = pin!(stopped(stopping.clone()));
         let mut incoming = pin!(incoming);
@@ -67,10 +74,23 @@ pub(super) async fn serve<S, C>(
             tokio::select! {
                 () = &mut stopped => break,
                 Some(_) = connections.join_next() => {}
+                Some(_) = refusals.join_next() => {}
                 socket = incoming.next() => match socket {
-                    Some(Ok(socket)) => {
-                        connections.spawn(connection(socket, service.clone(), settings, stopping.clone()));
-                    }
+                    Some(Ok(socket)) => match places.connect() {
+                        Ok(place) => {
+                            is_full = false;
+                            let served = Served { service: service.clone(), settings, places: places.clone() };
+                            connections.spawn(connection(socket, served, place, stopping.clone()));
+                        }
+                        Err(refusal) => {
+                            if !std::mem::replace(&mut is_full, true) {
+                                tracing::warn!(reason = refusal.message(), "a connection was refused");
+                            }
+                            if refusals.len() < REFUSALS_AT_ONCE {
+                                refusals.spawn(tokio::time::timeout(REFUSAL_WAIT, refuse(socket, refusal)));
+                            }
+                        }
+                    },
                     Some(Err(error)) => {
                         tracing::warn!(%error, "a connection could not be taken");
                         tokio::time::sleep(ACCEPT_REST).await;
@@ -83,8 +103,32 @@ pub(super) async fn serve<S, C>(
     while connections.join_next().await.is_some() {}
 }
 
+/// What a connection's calls need.
+#[derive(Clone)]
+struct Served<C> {
+    service: C,
+    settings: Settings,
+    places: Places,
+}
+
+/// Tells a peer by the answer to its first call that there is no place for its connection.
+async fn refuse<S>(socket: Wire<S>, refusal: Status) -> Result<(), h2::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut builder = h2::server::Builder::new();
+    builder.max_concurrent_streams(1).max_header_list_size(HEADERS_BYTES_MAX);
+    let mut connection = builder.handshake::<_, Bytes>(socket).await?;
+    while let Some(call) = connection.accept().await {
+        let (_request, mut respond) = call?;
+        respond.send_response(refusal.clone().into_http(), true)?;
+        connection.graceful_shutdown();
+    }
+    Ok(())
+}
+
 /// Serves one connection to its end.
-async fn connection<S, C>(socket: Wire<S>, service: C, settings: Settings, stopping: watch::Receiver<bool>)
+async fn connection<S, C>(socket: Wire<S>, served: Served<C>, _place: ConnectionPlace, stopping: watch::Receiver<bool>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     C: Service<Request<RequestBody>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
@@ -92,12 +136,15 @@ where
 {
     let (history, heard) = (socket.connection().clone(), socket.heard());
     let turns = Turns::new();
+    let settings = served.settings;
     let mut builder = h2::server::Builder::new();
     builder
         .initial_window_size(settings.stream_window_bytes)
         .initial_connection_window_size(settings.connection_window_bytes)
         .max_frame_size(settings.frame_bytes)
-        .max_concurrent_streams(settings.streams_max)
+        .max_concurrent_streams(served.places.requests_max())
+        .max_concurrent_reset_streams(ENDED_EARLY_MAX)
+        .reset_stream_duration(ENDED_EARLY_FOR)
         .max_header_list_size(HEADERS_BYTES_MAX)
         .max_send_buffer_size(SEND_BUFFER_BYTES)
         .max_local_error_reset_streams(Some(FAULTS_MAX));
@@ -121,9 +168,16 @@ where
                 return;
             }
             accepted = connection.accept() => match accepted {
-                Some(Ok((request, respond))) => {
-                    tokio::spawn(answer(request, respond, service.clone(), history.clone(), settings, turns.clone()));
-                }
+                // Here and not in the call's own task: what comes meanwhile is kept.
+                Some(Ok((request, mut respond))) => match served.places.begin(request.uri().path()) {
+                    Ok(place) => {
+                        tokio::spawn(answer(request, respond, place, served.clone(), history.clone(), turns.clone()));
+                    }
+                    Err(refusal) => {
+                        tracing::debug!(reason = refusal.message(), "a call was refused");
+                        respond.send_response(refusal.into_http(), true).ok(); // Who has gone need not know.
+                    }
+                },
                 Some(Err(error)) => {
                     tracing::debug!(%error, "a connection broke");
                     return;
@@ -168,19 +222,20 @@ async fn is_lost(pings: Option<PingPong>, heard: Heard) {
 async fn answer<C>(
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
-    mut service: C,
+    (place, answer_place): (RequestPlace, AnswerPlace),
+    mut served: Served<C>,
     history: Connection,
-    settings: Settings,
     turns: Turns,
 ) where
     C: Service<Request<RequestBody>, Response = Response<Body>, Error = Infallible>,
 {
     // Lives as long as anybody waits for the answer.
     let (_wanted, unwanted) = oneshot::channel();
-    let mut request = request.map(|stream| RequestBody::new(stream, settings.stream_window_bytes, turns, unwanted));
+    let window_bytes = served.settings.stream_window_bytes;
+    let mut request = request.map(|stream| RequestBody::new(stream, window_bytes, turns, unwanted).at(place));
     request.extensions_mut().insert(history);
     let answered = {
-        let mut call = pin!(service.call(request));
+        let mut call = pin!(served.service.call(request));
         poll_fn(|cx| match call.as_mut().poll(cx) {
             Poll::Ready(Ok(response)) => Poll::Ready(Some(response)),
             Poll::Ready(Err(never)) => match never {},
@@ -193,7 +248,7 @@ async fn answer<C>(
     let is_over = body.is_end_stream();
     let sent = match respond.send_response(Response::from_parts(head, ()), is_over) {
         Ok(_) if is_over => Ok(()),
-        Ok(stream) => send(body, stream).await,
+        Ok(stream) => send(body, stream, answer_place).await,
         Err(error) => Err(error),
     };
     if let Err(error) = sent {
@@ -201,8 +256,8 @@ async fn answer<C>(
     }
 }
 
-/// Sends a body, as the peer makes room for it.
-async fn send(mut body: Body, mut stream: SendStream<Bytes>) -> Result<(), h2::Error> {
+/// Sends a body, as the peer makes room for it. Its place is free before the peer sees the end.
+async fn send(mut body: Body, mut stream: SendStream<Bytes>, place: AnswerPlace) -> Result<(), h2::Error> {
     while let Some(frame) = poll_fn(|cx| next_frame(&mut body, &mut stream, cx)).await? {
         let frame = match frame.into_data() {
             Ok(data) => {
@@ -218,9 +273,11 @@ async fn send(mut body: Body, mut stream: SendStream<Bytes>) -> Result<(), h2::E
         };
         if let Ok(trailers) = frame.into_trailers() {
             stream.reserve_capacity(0);
+            drop(place);
             return stream.send_trailers(trailers);
         }
     }
+    drop(place);
     stream.send_data(Bytes::new(), true)
 }
 
@@ -274,12 +331,9 @@ mod tests {
     use tokio::time::Instant;
     use tower::service_fn;
 
-    const SETTINGS: Settings = Settings {
-        stream_window_bytes: 64 << 10,
-        connection_window_bytes: 1 << 20,
-        frame_bytes: 16 << 10,
-        streams_max: 8,
-    };
+    const SETTINGS: Settings =
+        Settings { stream_window_bytes: 64 << 10, connection_window_bytes: 1 << 20, frame_bytes: 16 << 10 };
+    const STREAMS_MAX: u32 = 8;
 
     /// RFC 9113, 3.4: the preface, and SETTINGS without any.
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
@@ -291,14 +345,23 @@ mod tests {
         F: Future<Output = Body> + Send + 'static,
     {
         let (near, far) = tokio::io::duplex(64 << 10);
-        let (stop, stopping) = watch::channel(false);
         let service = service_fn(move |_request: Request<RequestBody>| {
             let answer = answer();
             async move { Ok::<_, Infallible>(Response::new(answer.await)) }
         });
-        let service = tower::util::BoxCloneService::new(service);
-        let incoming = futures::stream::iter([Ok(Wire::new(far))]).chain(futures::stream::pending());
-        (near, stop, tokio::spawn(serve(incoming, service, SETTINGS, stopping)))
+        let (stop, server) = serve_with(tower::util::BoxCloneService::new(service), vec![far]);
+        (near, stop, server)
+    }
+
+    type TestService = tower::util::BoxCloneService<Request<RequestBody>, Response<Body>, Infallible>;
+
+    /// Serves connections, with places for two of them.
+    fn serve_with(service: TestService, sockets: Vec<DuplexStream>) -> (watch::Sender<bool>, JoinHandle<()>) {
+        let (stop, stopping) = watch::channel(false);
+        let sockets = sockets.into_iter().map(|socket| Ok(Wire::new(socket)));
+        let incoming = futures::stream::iter(sockets).chain(futures::stream::pending());
+        let places = Places::new(2, STREAMS_MAX);
+        (stop, tokio::spawn(serve(incoming, service, SETTINGS, places, stopping)))
     }
 
     async fn client(socket: DuplexStream) -> SendRequest<Bytes> {
@@ -420,5 +483,116 @@ mod tests {
         tokio::time::sleep(KEEPALIVE * 10).await;
         let mut requests = requests.ready().await.expect("ready");
         assert!(requests.send_request(request(), true).expect("sent").0.await.expect("answered").status().is_success());
+    }
+
+    /// What an answer without a body says.
+    fn refusal(response: &Response<RecvStream>) -> Option<Status> {
+        Status::from_header_map(response.headers())
+    }
+
+    #[track_caller]
+    fn check_refused(response: &Response<RecvStream>, names: &[&str]) {
+        let status = refusal(response).expect("a refusal");
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        for name in names {
+            assert!(status.message().contains(name), "{:?} does not name {name:?}", status.message());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_a_place_is_told_so_and_one_that_ends_makes_room() {
+        let (sockets, far): (Vec<_>, Vec<_>) = (0..3).map(|_| tokio::io::duplex(64 << 10)).unzip();
+        let service = service_fn(|_: Request<RequestBody>| std::future::ready(Ok(Response::new(Body::empty()))));
+        let (connect, connected) = tokio::sync::mpsc::unbounded_channel();
+        let incoming =
+            futures::stream::unfold(connected, async |mut connected| Some((connected.recv().await?, connected)));
+        let (_stop, stopping) = watch::channel(false);
+        tokio::spawn(serve(incoming, service, SETTINGS, Places::new(2, STREAMS_MAX), stopping));
+        let mut clients = Vec::new();
+        for (near, far) in sockets.into_iter().zip(far) {
+            connect.send(Ok(Wire::new(far))).expect("served");
+            clients.push(client(near).await.ready().await.expect("ready"));
+        }
+        let mut third = clients.pop().expect("three");
+        let (response, _) = third.send_request(request(), true).expect("sent");
+        check_refused(&response.await.expect("an answer"), &["2 connections", "connections_max"]);
+        assert!(third.ready().await.is_err(), "it is closed");
+        for client in &mut clients {
+            assert!(
+                client.send_request(request(), true).expect("sent").0.await.expect("answered").status().is_success()
+            );
+        }
+        drop(clients.pop());
+        // As soon as its end is seen.
+        loop {
+            let (near, far) = tokio::io::duplex(64 << 10);
+            connect.send(Ok(Wire::new(far))).expect("served");
+            let mut fourth = client(near).await.ready().await.expect("ready");
+            let response = fourth.send_request(request(), true).expect("sent").0.await.expect("an answer");
+            if refusal(&response).is_none() {
+                break;
+            }
+        }
+    }
+
+    /// RFC 9113, 4.1: a frame of a stream.
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).expect("short").to_be_bytes();
+        [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+    }
+
+    /// RFC 9113, 6.2, and RFC 7541, 6.2.2: the headers of a DoPut, not indexed.
+    fn do_put(stream: u32) -> Vec<u8> {
+        const PATH: &[u8] = b"/arrow.flight.protocol.FlightService/DoPut";
+        let path_length = u8::try_from(PATH.len()).expect("short");
+        // :method POST and :scheme http are in the static table; :path and :authority are literals named by it.
+        let headers = [&[0x83, 0x86, 0x04, path_length], PATH, &[0x01, 3], b"box"].concat();
+        frame(1, 4, stream, &headers)
+    }
+
+    #[tokio::test]
+    async fn what_was_on_its_way_to_a_thousand_refused_uploads_is_no_fault() {
+        let (mut socket, far) = tokio::io::duplex(64 << 20);
+        // Uploads have their places as long as their bodies are kept.
+        let service = service_fn(async |request: Request<RequestBody>| {
+            let _request = request;
+            std::future::pending().await
+        });
+        let (_stop, _server) = serve_with(tower::util::BoxCloneService::new(service), vec![far]);
+        socket.write_all(PREFACE).await.expect("sent");
+        let next = async |socket: &mut DuplexStream| {
+            let mut head = [0; 9];
+            socket.read_exact(&mut head).await.expect("the connection stays");
+            let [a, b, c, kind, ..] = head;
+            let mut payload = vec![0; usize::try_from(u32::from_be_bytes([0, a, b, c])).expect("short")];
+            socket.read_exact(&mut payload).await.expect("the connection stays");
+            kind
+        };
+        let ids: Vec<u32> = (0..1000).map(|number| 2 * number + 1).collect();
+        let mut open = STREAMS_MAX;
+        // As many as may be open at once.
+        for ids in ids.chunks(100) {
+            for id in ids {
+                socket.write_all(&do_put(*id)).await.expect("sent");
+            }
+            // A refusal is headers and a reset (kind 3).
+            let mut left = ids.len() - std::mem::take(&mut open) as usize;
+            while left > 0 {
+                left -= usize::from(next(&mut socket).await == 3);
+            }
+        }
+        for id in ids {
+            socket.write_all(&frame(0, 0, id, &[7; 100])).await.expect("sent");
+        }
+        // RFC 9113, 6.7: a ping is answered behind all of it.
+        socket.write_all(&frame(6, 0, 0, &[0; 8])).await.expect("sent");
+        loop {
+            match next(&mut socket).await {
+                6 => break,
+                // Settings and windows.
+                4 | 8 => {}
+                kind => panic!("a frame of kind {kind} for what was on its way"),
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Arrow Flight: the only room that names tonic or arrow-flight (INV-11).
 //!
-//! [`server`] listens, [`http2`] has the connections, [`window`] says what senders may send, [`upload`] frames and
-//! admits, [`assemble`] puts messages together, [`hollow`] says what of them can be left out, [`service`] has
+//! [`server`] listens, [`http2`] has the connections, [`places`] says how many, [`window`] what senders may send;
+//! [`request`] and [`upload`] frame and admit, [`assemble`] puts messages together, [`hollow`] says what of them can be left out, [`service`] has
 //! the RPCs a line each; [`put`], [`get`], [`list`] and [`actions`] do them; [`dialect`] knows which client
 //! speaks; [`status`] turns errors into codes. Never sees a ring.
 
@@ -19,8 +19,10 @@ mod http2;
 #[cfg(test)]
 mod instructions;
 pub(crate) mod list;
+mod places;
 pub(crate) mod put;
 mod questions;
+mod request;
 pub(crate) mod server;
 pub(crate) mod service;
 pub(crate) mod status;

@@ -1,9 +1,12 @@
 //! Listens on TCP and on a Unix-domain socket with the HTTP/2 settings of design.md section 8.
 
 use crate::flight::http2::{self, Settings};
+use crate::flight::places::Places;
+use crate::flight::request::{RequestLimits, RequestService};
 use crate::flight::service::{Flight, Shared};
-use crate::flight::upload::{UploadLimits, UploadService};
+use crate::flight::upload::UploadLimits;
 use crate::flight::wire::Wire;
+use crate::ingest::admit::Pool;
 use crate::limits;
 use arrow_flight::flight_service_server::FlightServiceServer;
 use futures::StreamExt;
@@ -57,34 +60,38 @@ impl Listeners {
             stream_window_bytes: shared.config.stream_window_bytes,
             connection_window_bytes: limits::CONNECTION_WINDOW_BYTES,
             frame_bytes: limits::FRAME_BYTES,
-            streams_max: shared.config.streams_max,
         };
+        let places = Places::new(shared.config.connections_max, shared.config.streams_max);
         let service = service(shared);
-        let tcp = http2::serve(tcp, service.clone(), settings, stopping.clone());
+        let tcp = http2::serve(tcp, service.clone(), settings, places.clone(), stopping.clone());
         match self.unix {
             Some(unix) => {
                 let unix = UnixListenerStream::new(unix).map(|socket| socket.map(Wire::new));
-                futures::join!(tcp, http2::serve(unix, service, settings, stopping));
+                futures::join!(tcp, http2::serve(unix, service, settings, places, stopping));
             }
             None => tcp.await,
         }
     }
 }
 
-/// The RPCs, with bodies of uploads admitted before they are read.
-fn service(shared: Arc<Shared>) -> UploadService<FlightServiceServer<Flight>> {
+/// The RPCs, with requests admitted before they are read.
+fn service(shared: Arc<Shared>) -> RequestService<FlightServiceServer<Flight>> {
     let config = &shared.config;
-    let message_max = usize::try_from(config.message_bytes_max).unwrap_or(usize::MAX);
-    let limits = UploadLimits {
+    let upload_limits = UploadLimits {
         pool: shared.budget.receive.clone(),
         message_bytes_max: config.message_bytes_max,
         stall: config.upload_stall,
         stats: Arc::clone(&shared.stats),
     };
-    let inner = FlightServiceServer::new(Flight { shared })
-        .max_decoding_message_size(message_max)
-        .max_encoding_message_size(usize::MAX)
-        .accept_compressed(CompressionEncoding::Gzip)
-        .accept_compressed(CompressionEncoding::Deflate);
-    UploadService { inner, limits }
+    let limits = RequestLimits { pool: Pool::new(limits::REQUESTS_BYTES), stall: config.upload_stall };
+    let message_bytes_max = config.message_bytes_max;
+    let rpcs = |request_bytes_max: u64| {
+        FlightServiceServer::new(Flight { shared: Arc::clone(&shared) })
+            .max_decoding_message_size(usize::try_from(request_bytes_max).unwrap_or(usize::MAX))
+            .max_encoding_message_size(usize::MAX)
+            .accept_compressed(CompressionEncoding::Gzip)
+            .accept_compressed(CompressionEncoding::Deflate)
+    };
+    let (uploads, others) = (rpcs(message_bytes_max), rpcs(limits::REQUEST_BYTES_MAX));
+    RequestService { uploads, upload_limits, others, limits }
 }

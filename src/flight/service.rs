@@ -2,6 +2,7 @@
 
 use crate::config::Config;
 use crate::flight::dialect::Connection;
+use crate::flight::request::Held;
 use crate::flight::upload::Monitor;
 use crate::flight::{actions, get, list, put};
 use crate::health::{Health, Room};
@@ -196,6 +197,11 @@ fn connection<T>(request: &Request<T>) -> Connection {
     request.extensions().get::<Connection>().cloned().unwrap_or_default()
 }
 
+/// The memory of the request, to be kept while anything of it is.
+fn held<T>(request: &Request<T>) -> Option<Held> {
+    request.extensions().get::<Held>().cloned()
+}
+
 fn one<T: Send + 'static>(items: Vec<T>) -> BoxStream<'static, Result<T, Status>> {
     stream::iter(items.into_iter().map(Ok)).boxed()
 }
@@ -218,19 +224,25 @@ impl FlightService for Flight {
     }
 
     async fn list_flights(&self, request: Request<Criteria>) -> Result<Response<Self::ListFlightsStream>, Status> {
-        let shared = Arc::clone(&self.shared);
+        let (shared, held) = (Arc::clone(&self.shared), held(&request));
         connection(&request).note(crate::flight::dialect::Hint::Nothing);
         let criteria = request.into_inner().expression;
-        let infos = self.shared.on_control(async move { list::list_flights(&shared, &criteria) }).await?;
+        let work = async move {
+            let _held = held;
+            list::list_flights(&shared, &criteria)
+        };
+        let infos = self.shared.on_control(work).await?;
         Ok(Response::new(one(infos)))
     }
 
     async fn get_flight_info(&self, request: Request<FlightDescriptor>) -> Result<Response<FlightInfo>, Status> {
-        let (shared, connection) = (Arc::clone(&self.shared), connection(&request));
+        let (shared, connection, held) = (Arc::clone(&self.shared), connection(&request), held(&request));
         let descriptor = request.into_inner();
-        let info =
-            self.shared.on_control(async move { list::flight_info(&shared, &connection, descriptor).await }).await?;
-        Ok(Response::new(info))
+        let work = async move {
+            let _held = held;
+            list::flight_info(&shared, &connection, descriptor).await
+        };
+        Ok(Response::new(self.shared.on_control(work).await?))
     }
 
     async fn poll_flight_info(&self, _request: Request<FlightDescriptor>) -> Result<Response<PollInfo>, Status> {
@@ -238,9 +250,13 @@ impl FlightService for Flight {
     }
 
     async fn get_schema(&self, request: Request<FlightDescriptor>) -> Result<Response<SchemaResult>, Status> {
-        let (shared, connection) = (Arc::clone(&self.shared), connection(&request));
+        let (shared, connection, held) = (Arc::clone(&self.shared), connection(&request), held(&request));
         let descriptor = request.into_inner();
-        let schema = self.shared.on_control(async move { list::get_schema(&shared, &connection, &descriptor) }).await?;
+        let work = async move {
+            let _held = held;
+            list::get_schema(&shared, &connection, &descriptor)
+        };
+        let schema = self.shared.on_control(work).await?;
         let options = arrow::ipc::writer::IpcWriteOptions::default();
         let message: IpcMessage = SchemaAsIpc::new(&schema, &options)
             .try_into()
@@ -249,11 +265,13 @@ impl FlightService for Flight {
     }
 
     async fn do_get(&self, request: Request<Ticket>) -> Result<Response<Self::DoGetStream>, Status> {
-        let shared = Arc::clone(&self.shared);
+        let (shared, held) = (Arc::clone(&self.shared), held(&request));
         let ticket = request.into_inner().ticket;
-        let rows =
-            self.shared.on_control(async move { get::do_get(shared, &ticket).await.map(StreamExt::boxed) }).await?;
-        Ok(Response::new(rows))
+        let work = async move {
+            let _held = held;
+            get::do_get(shared, &ticket).await.map(StreamExt::boxed)
+        };
+        Ok(Response::new(self.shared.on_control(work).await?))
     }
 
     async fn do_put(&self, request: Request<Streaming<FlightData>>) -> Result<Response<Self::DoPutStream>, Status> {
@@ -271,10 +289,13 @@ impl FlightService for Flight {
     }
 
     async fn do_action(&self, request: Request<Action>) -> Result<Response<Self::DoActionStream>, Status> {
-        let (shared, connection) = (Arc::clone(&self.shared), connection(&request));
+        let (shared, connection, held) = (Arc::clone(&self.shared), connection(&request), held(&request));
         let action = request.into_inner();
         let only_asks = actions::only_asks(&action.r#type);
-        let work = async move { actions::run(&shared, &connection, &action.r#type, &action.body).await };
+        let work = async move {
+            let _held = held;
+            actions::run(&shared, &connection, &action.r#type, &action.body).await
+        };
         let answer = if only_asks {
             self.shared.on_control_while_wanted(work).await?
         } else {

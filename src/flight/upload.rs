@@ -22,14 +22,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tonic::Status;
-use tower::Service;
 
-/// The only path whose body is framed here.
-const DO_PUT_PATH: &str = "/arrow.flight.protocol.FlightService/DoPut";
+/// The path of uploads.
+pub(super) const DO_PUT_PATH: &str = "/arrow.flight.protocol.FlightService/DoPut";
 /// Compressed-flag byte and length.
-const HEADER_BYTES: usize = 5;
-/// Most that deflate can blow up: the claim for a compressed message, whose real size is unknown.
-const DEFLATE_RATIO_MAX: u64 = 1032;
+pub(super) const HEADER_BYTES: usize = 5;
 
 /// How an upload's request stream ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,45 +86,13 @@ impl Monitor {
     }
 }
 
-/// What the layer needs.
+/// What uploads may use.
 #[derive(Debug, Clone)]
 pub(crate) struct UploadLimits {
     pub(crate) pool: Pool,
     pub(crate) message_bytes_max: u64,
     pub(crate) stall: Duration,
     pub(crate) stats: Arc<Stats>,
-}
-
-/// Wraps the bodies of DoPut requests.
-#[derive(Debug, Clone)]
-pub(crate) struct UploadService<S> {
-    pub(crate) inner: S,
-    pub(crate) limits: UploadLimits,
-}
-
-impl<S> Service<http::Request<RequestBody>> for UploadService<S>
-where
-    S: Service<http::Request<tonic::body::Body>>,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = S::Future;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: http::Request<RequestBody>) -> S::Future {
-        if request.uri().path() != DO_PUT_PATH {
-            return self.inner.call(request.map(tonic::body::Body::new));
-        }
-        let monitor = Arc::new(Monitor::default());
-        let limits = self.limits.clone();
-        let for_body = Arc::clone(&monitor);
-        let mut request = request.map(|body| tonic::body::Body::new(UploadBody::new(body, limits, for_body)));
-        request.extensions_mut().insert(monitor);
-        self.inner.call(request)
-    }
 }
 
 enum State {
@@ -146,7 +111,8 @@ enum State {
 /// An empty, uncompressed message.
 const EMPTY_MESSAGE: [u8; HEADER_BYTES] = [0; HEADER_BYTES];
 
-struct UploadBody {
+/// The body of one upload.
+pub(super) struct UploadBody {
     inner: RequestBody,
     limits: UploadLimits,
     monitor: Arc<Monitor>,
@@ -159,7 +125,8 @@ struct UploadBody {
 }
 
 impl UploadBody {
-    fn new(inner: RequestBody, limits: UploadLimits, monitor: Arc<Monitor>) -> Self {
+    /// Of a body that nothing was read of.
+    pub(super) fn new(inner: RequestBody, limits: UploadLimits, monitor: Arc<Monitor>) -> Self {
         let stall = Box::pin(tokio::time::sleep(limits.stall));
         Self {
             inner,
@@ -198,7 +165,7 @@ impl UploadBody {
                 "a message of {length} bytes exceeds the limit of {limit} (setting message_bytes_max); send smaller batches"
             )));
         }
-        let weight = if compressed == 0 { length } else { limit.min(length.saturating_mul(DEFLATE_RATIO_MAX)) };
+        let weight = if compressed == 0 { length } else { limit.min(length.saturating_mul(limits::DEFLATE_RATIO_MAX)) };
         let weight = weight + self.monitor.stream.get().map_or(0, |facts| facts.overhead);
         if let Some(permit) = self.limits.pool.try_claim(weight) {
             return Ok(self.begin(permit, Duration::ZERO, length));

@@ -9,6 +9,7 @@
 //! Without it a thousand topics that send as fast as they can have all their windows lie in the server, and most
 //! bytes have left the caches by the time they are looked at.
 
+use crate::flight::places::RequestPlace;
 use bytes::Bytes;
 use h2::RecvStream;
 use http_body::{Body, Frame};
@@ -143,6 +144,8 @@ pub(super) struct RequestBody {
     window: Window,
     /// `None`: nobody says, and the sender has all of its window.
     wanted: Option<u64>,
+    /// The sender gets nothing back.
+    is_held_back: bool,
     turns: Turns,
     claim: Option<Claim>,
     turn: Option<Turn>,
@@ -150,6 +153,8 @@ pub(super) struct RequestBody {
     unwanted: oneshot::Receiver<Infallible>,
     /// The data are over; trailers may follow.
     is_over: bool,
+    /// Kept while more can come.
+    place: Option<RequestPlace>,
 }
 
 impl RequestBody {
@@ -160,8 +165,24 @@ impl RequestBody {
         turns: Turns,
         unwanted: oneshot::Receiver<Infallible>,
     ) -> Self {
-        let window = Window::new(usize::try_from(window_bytes).unwrap_or(usize::MAX));
-        Self { stream, window, wanted: None, turns, claim: None, turn: None, unwanted, is_over: false }
+        Self {
+            stream,
+            window: Window::new(usize::try_from(window_bytes).unwrap_or(usize::MAX)),
+            wanted: None,
+            is_held_back: false,
+            turns,
+            claim: None,
+            turn: None,
+            unwanted,
+            is_over: false,
+            place: None,
+        }
+    }
+
+    /// The same, in this place.
+    pub(super) fn at(mut self, place: RequestPlace) -> Self {
+        self.place = Some(place);
+        self
     }
 
     /// Ready when nobody waits for the answer any more, as after a reset: who does not read on would not see it.
@@ -178,6 +199,11 @@ impl RequestBody {
         self.leave_turns_if_done();
     }
 
+    /// Says whether what is read stays counted in the sender's window, so that no more than that is ever here.
+    pub(super) fn hold_back(&mut self, is_held_back: bool) {
+        self.is_held_back = is_held_back;
+    }
+
     /// Whether the sender may not go on because it is the turn of others.
     pub(super) fn waits_for_turn(&self) -> bool {
         self.claim.is_some()
@@ -189,9 +215,9 @@ impl RequestBody {
         }
     }
 
-    /// Is no upload any more: nothing more comes.
+    /// Nothing more comes.
     fn retire(&mut self) {
-        (self.claim, self.turn) = (None, None);
+        (self.claim, self.turn, self.place) = (None, None, None);
         if self.wanted.take().is_some() {
             self.turns.uploads.fetch_sub(1, Ordering::Relaxed);
         }
@@ -199,6 +225,9 @@ impl RequestBody {
 
     /// Gives the sender what is wanted of it, as soon as it is this stream's turn.
     fn give(&mut self, cx: &mut Context<'_>) -> Result<(), h2::Error> {
+        if self.is_held_back {
+            return Ok(());
+        }
         let wanted = self.wanted.filter(|_| self.turns.are_needed(self.window.size));
         let mut due = self.window.due(wanted.unwrap_or(u64::MAX));
         let in_turn = if wanted.is_some() { self.window.in_turn(due) } else { 0 };
