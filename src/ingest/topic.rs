@@ -91,6 +91,10 @@ pub(super) struct Topic<D: Disk> {
     pub(super) ended: Cell<bool>,
     /// Its chunk is to close and waits for a place.
     pub(super) is_held_up: Cell<bool>,
+    /// It is among those that every look looks at.
+    pub(super) is_watched: Cell<bool>,
+    /// Its place among the sizes of all.
+    pub(super) slot: Cell<usize>,
     /// Makes its next segment ahead of need.
     pub(super) making: RefCell<Option<JoinHandle<()>>>,
     pub(super) failed: RefCell<Option<StorageError>>,
@@ -176,12 +180,19 @@ impl<D: Disk> Topic<D> {
             tail_in_flight: Cell::new(false),
             ended: Cell::new(false),
             is_held_up: Cell::new(false),
+            is_watched: Cell::new(false),
+            slot: Cell::new(0),
             making: RefCell::new(None),
             failed: RefCell::new(None),
             ending: RefCell::new(None),
             forgotten: RefCell::new(None),
             record,
         }
+    }
+
+    /// Whether it has batches that are to be decided over.
+    pub(super) fn is_open(&self) -> bool {
+        !self.open.borrow().marks.is_empty() && self.failed.borrow().is_none() && !self.ended.get()
     }
 
     /// Whether nothing of it is under way.

@@ -235,7 +235,7 @@ impl<D: Disk> Writer<D> {
         let place = SegmentWriter::new(&self.shared, facts, crate::when::now_ns()).starting_at(start.segment);
         let topic = Topic::new(record, schema, encoder, fails, place, start);
         let topic = Rc::new(topic);
-        self.looks.got_batches(Rc::clone(&topic));
+        self.looks.enter(Rc::clone(&topic));
         self.topics.borrow_mut().insert(topic.record.no, topic);
     }
 
@@ -244,6 +244,7 @@ impl<D: Disk> Writer<D> {
         let quiet = self.forgotten.borrow_mut().extract_if(.., |topic| topic.is_quiet()).collect::<Vec<_>>();
         for topic in quiet {
             self.topics.borrow_mut().remove(&topic.record.no);
+            self.looks.leave(&topic);
             if let Some((_, reply)) = topic.ending.take() {
                 reply.send(Err(StorageError::Gone)).ok(); // Its stream may have gone.
             }

@@ -21,6 +21,7 @@ impl<D: Disk> Writer<D> {
     /// Closes the open chunk and starts it on its way.
     pub(super) fn flush(self: &Rc<Self>, topic: &Rc<Topic<D>>, end: Option<End>) {
         let open = topic.open.replace(Open { sorted: true, ..Open::default() });
+        self.looks.note_size(topic);
         let (first_batch, first_row) = topic.next.get();
         let rows: u64 = open.marks.iter().map(|mark| u64::from(mark.rows)).sum();
         let end_batch = first_batch + open.marks.len() as u64;

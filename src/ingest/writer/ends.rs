@@ -78,6 +78,7 @@ impl<D: Disk> Writer<D> {
             if topics.get(&topic.record.no).is_some_and(|known| Rc::ptr_eq(known, topic)) {
                 topics.remove(&topic.record.no);
             }
+            self.looks.leave(topic);
         }
         if !deleted {
             // A locked topic has a file even without rows; one that may be written again gets none.

@@ -283,17 +283,26 @@ pub fn struct_child(array: &ArrayRef, path: &str) -> Option<ArrayRef> {
 pub fn child_under_nulls(parent: &StructArray, index: usize) -> ArrayRef {
     let child = parent.column(index);
     match parent.nulls().filter(|nulls| nulls.null_count() > 0) {
-        // A union of nulls cannot fit a null-typed child, which has none to hide anyway.
-        Some(nulls) if child.data_type() != &DataType::Null => {
+        // A union of nulls cannot fit a null-typed child, which has none to hide anyway. Most often the child of a null is
+        // null by itself.
+        Some(nulls)
+            if child.data_type() != &DataType::Null && !child.nulls().is_some_and(|own| have_all(own, nulls)) =>
+        {
             let both = NullBuffer::union(Some(nulls), child.nulls());
-            // Most often the child of a null is null by itself.
-            if both.as_ref().map(NullBuffer::null_count) == child.nulls().map(NullBuffer::null_count) {
-                return child.clone();
-            }
             child.to_data().into_builder().nulls(both).build().map_or_else(|_| child.clone(), make_array)
         }
         _ => child.clone(),
     }
+}
+
+/// Whether whatever is null in `others` is so in `nulls`.
+fn have_all(nulls: &NullBuffer, others: &NullBuffer) -> bool {
+    if nulls.null_count() == nulls.len() {
+        return true;
+    }
+    // A bit is set where there is a value; beyond the end none is.
+    let mut words = nulls.inner().bit_chunks().iter_padded().zip(others.inner().bit_chunks().iter_padded());
+    words.all(|(values, other_values)| values & !other_values == 0)
 }
 
 fn leaf_stats(array: &ArrayRef) -> FieldStats {
@@ -538,6 +547,27 @@ mod tests {
     use arrow::array::{Float64Array, Int64Array, ListArray, StringArray, new_null_array};
     use arrow::datatypes::{Field, Fields, Schema};
     use std::sync::Arc;
+
+    #[test]
+    fn a_child_is_null_wherever_its_struct_is_whatever_it_is_itself() {
+        let mut random = crate::sim::Random::new(3);
+        let mut kept = 0;
+        for round in 0..2000 {
+            let (rows, skip) = (1 + random.below(200) as usize, random.below(70) as usize);
+            // Few, many, or all are null.
+            let mut nulls = |of: u64| (0..rows + skip).map(|_| random.below(of) > 0).collect::<Vec<_>>();
+            let (outer, inner) = (nulls([1, 2, 20][round % 3]), nulls([1, 2, 40, 1000][round % 4]));
+            let own = if round % 2 == 0 { inner } else { outer.iter().zip(&inner).map(|(a, b)| a & b).collect() };
+            let expected: Vec<bool> = outer.iter().zip(&own).map(|(a, b)| a & b).skip(skip).collect();
+            let child: ArrayRef = Arc::new(Int64Array::new(vec![7; rows + skip].into(), Some(own.into())));
+            let fields = Fields::from(vec![Field::new("x", DataType::Int64, true)]);
+            let parent = StructArray::new(fields, vec![child], Some(outer.into())).slice(skip, rows);
+            let found = child_under_nulls(&parent, 0);
+            assert_eq!((0..rows).map(|row| found.is_valid(row)).collect::<Vec<_>>(), expected, "round {round}");
+            kept += usize::from(found.to_data().ptr_eq(&parent.column(0).to_data()));
+        }
+        assert!((1000..2000).contains(&kept), "{kept} needed nothing made");
+    }
 
     #[test]
     fn lists_that_are_all_null_have_the_statistics_of_no_rows() {
