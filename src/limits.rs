@@ -178,8 +178,11 @@ pub(crate) const REQUEST_BYTES_MAX: u64 = USER_METADATA_BYTES_MAX as u64 + (1 <<
 const REQUEST_EXPANSION: u64 = 64;
 /// What a request costs beside its text.
 const REQUEST_OVERHEAD_BYTES: u64 = 4 << 10;
-/// Memory of requests that come in or are worked on, together: a thousand usual ones. A larger one has it alone.
+/// Memory of requests that come in or are worked on, together: a thousand usual ones.
 pub(crate) const REQUESTS_BYTES: u64 = 64 << 20;
+/// Requests beyond this have a pool of their own, which is as large as the largest: they never stop usual ones. Any that is
+/// compressed may be one, until it is seen.
+pub(crate) const USUAL_REQUEST_BYTES: u64 = 4 << 20;
 /// What a request must bring at least, once it was admitted.
 pub(crate) const REQUEST_BYTES_A_SECOND: u64 = 64 << 10;
 
@@ -254,7 +257,7 @@ pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
         ("http2_windows", u64::from(config.stream_window_bytes) * u64::from(requests_max(config.streams_max))),
         ("connections", CONNECTION_BYTES * u64::from(config.connections_max)),
         ("requests", REQUESTS_BYTES),
-        ("oversized_request", request_weight(REQUEST_BYTES_MAX, false).saturating_sub(REQUESTS_BYTES * 9 / 10)),
+        ("large_requests", request_weight(REQUEST_BYTES_MAX, false)),
         // A field of many leaves is encoded beside itself; a page may be one whole value.
         ("encode", writers * (config.chunk_bytes + config.message_bytes_max)),
         ("ring_buffers", buffers * storage::limits::RING_BUFFER_BYTES as u64),

@@ -40,6 +40,8 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 const HEADERS_BYTES_MAX: u32 = 16 << 10;
 /// What a stream holds of its answer beyond what the peer has room for, in bytes.
 const SEND_BUFFER_BYTES: usize = 400 << 10;
+/// How often a call asks for a place before it is refused.
+const BEGIN_TRIES: usize = 4;
 /// Connections without a place that are told so at once; more are closed without a word.
 const REFUSALS_AT_ONCE: usize = 32;
 /// How long telling it may take: a client calls as soon as it is connected.
@@ -142,7 +144,7 @@ where
         .initial_window_size(settings.stream_window_bytes)
         .initial_connection_window_size(settings.connection_window_bytes)
         .max_frame_size(settings.frame_bytes)
-        .max_concurrent_streams(served.places.requests_max())
+        .max_concurrent_streams(served.places.calls_max())
         .max_concurrent_reset_streams(ENDED_EARLY_MAX)
         .reset_stream_duration(ENDED_EARLY_FOR)
         .max_header_list_size(HEADERS_BYTES_MAX)
@@ -169,7 +171,7 @@ where
             }
             accepted = connection.accept() => match accepted {
                 // Here and not in the call's own task: what comes meanwhile is kept.
-                Some(Ok((request, mut respond))) => match served.places.begin(request.uri().path()) {
+                Some(Ok((request, mut respond))) => match begin(&served.places, request.uri().path()).await {
                     Ok(place) => {
                         tokio::spawn(answer(request, respond, place, served.clone(), history.clone(), turns.clone()));
                     }
@@ -186,6 +188,18 @@ where
             },
         }
     }
+}
+
+/// Places for a call. Requests that have come whole have theirs only until their tasks have run: in a burst those before
+/// this one are let run first.
+async fn begin(places: &Places, path: &str) -> Result<(RequestPlace, AnswerPlace), Status> {
+    for _ in 1..BEGIN_TRIES {
+        if let Ok(place) = places.begin(path) {
+            return Ok(place);
+        }
+        tokio::task::yield_now().await;
+    }
+    places.begin(path)
 }
 
 /// Ends when the server is to stop; a sender that is gone has said so as well.
@@ -260,13 +274,13 @@ async fn answer<C>(
 async fn send(mut body: Body, mut stream: SendStream<Bytes>, place: AnswerPlace) -> Result<(), h2::Error> {
     while let Some(frame) = poll_fn(|cx| next_frame(&mut body, &mut stream, cx)).await? {
         let frame = match frame.into_data() {
-            Ok(data) => {
-                if !data.is_empty() {
-                    // h2 asks for the rest by itself.
-                    stream.reserve_capacity(1);
+            Ok(mut data) => {
+                // Never more than the peer has room for: h2 would keep the rest, also behind the end of this task.
+                while !data.is_empty() {
+                    stream.reserve_capacity(data.len());
                     poll_fn(|cx| has_room(&mut stream, cx)).await?;
+                    stream.send_data(data.split_to(stream.capacity().min(data.len())), false)?;
                 }
-                stream.send_data(data, false)?;
                 continue;
             }
             Err(frame) => frame,
@@ -389,6 +403,37 @@ mod tests {
             back.extend_from_slice(&data);
         }
         assert_eq!(String::from_utf8(back).expect("text"), expected);
+    }
+
+    #[tokio::test]
+    async fn an_answer_of_one_piece_has_its_place_until_it_is_read() {
+        const BYTES: usize = 1 << 20;
+        let (socket, _stop, _server) = server(|| std::future::ready(Body::new("x".repeat(BYTES))));
+        // Streams that are not read do not stop the others.
+        let mut builder = h2::client::Builder::new();
+        let handshake = builder.initial_connection_window_size(16 << 20).handshake::<_, Bytes>(socket);
+        let (mut requests, connection) = handshake.await.expect("a client");
+        tokio::spawn(connection);
+        let get = || Request::post("http://box/arrow.flight.protocol.FlightService/DoGet").body(()).expect("a request");
+        let mut answers = Vec::new();
+        for _ in 0..STREAMS_MAX {
+            requests = requests.ready().await.expect("ready");
+            answers.push(requests.send_request(get(), true).expect("sent").0.await.expect("answered"));
+        }
+        requests = requests.ready().await.expect("ready");
+        let refused = requests.send_request(get(), true).expect("sent").0.await.expect("answered");
+        check_refused(&refused, &["8 DoGet streams", "streams_max"]);
+        let mut body = answers.pop().expect("one").into_body();
+        let mut left = BYTES;
+        while let Some(data) = body.data().await {
+            let data = data.expect("data");
+            body.flow_control().release_capacity(data.len()).expect("room");
+            left -= data.len();
+        }
+        assert_eq!(left, 0);
+        requests = requests.ready().await.expect("ready");
+        let answer = requests.send_request(get(), true).expect("sent").0.await.expect("answered");
+        assert!(refusal(&answer).is_none(), "the place of the one that was read");
     }
 
     #[tokio::test]

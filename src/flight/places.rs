@@ -3,7 +3,8 @@
 //! Guarantees (INV-7): streams whose requests may still come have no more windows together than `limits::memory_sum`
 //! counts, however many connections they come by. Uploads never take the last places, so who fills the box with them can
 //! still end his recording; DoGet streams that clients leave half-read take none of them, and have a bound of their own.
-//! What finds no place is told so, and never waits.
+//! What finds no place is told so. Not counted is what HTTP/2 has read of streams that it has not handed over yet: what
+//! comes in a read or a few.
 
 use crate::flight::upload::DO_PUT_PATH;
 use crate::limits;
@@ -53,9 +54,9 @@ impl Places {
         }
     }
 
-    /// The most requests at once that may still come.
-    pub(super) fn requests_max(&self) -> u32 {
-        self.requests.most
+    /// The most calls at once, of whatever kind: nobody is to wait in his HTTP/2 library for what has a place here.
+    pub(super) fn calls_max(&self) -> u32 {
+        self.requests.most.saturating_add(self.reads.most)
     }
 
     /// A place for a connection.

@@ -2,19 +2,20 @@
 //! other call its one message.
 //!
 //! Guarantees (INV-7): a request that is too large is refused by its header; another waits until there is memory for what
-//! becomes of it, and has it until its work is done; one that does not come in time ends. What comes behind its message is
-//! not kept; its end is waited for, as an answer that overtakes it is a fault to HTTP/2.
+//! becomes of it, and has it until it is answered, also where its client has gone meanwhile (a question is given up then); one
+//! that does not come in time ends. What comes behind its message is not kept; its end is waited for, as an answer that
+//! overtakes it is a fault to HTTP/2.
 
 use crate::flight::upload::{DO_PUT_PATH, HEADER_BYTES, Monitor, UploadBody, UploadLimits};
 use crate::flight::window::RequestBody;
 use crate::ingest::admit::{Permit, Pool};
-use crate::limits::{REQUEST_BYTES_A_SECOND, REQUEST_BYTES_MAX, request_weight};
+use crate::limits::{REQUEST_BYTES_A_SECOND, REQUEST_BYTES_MAX, USUAL_REQUEST_BYTES, request_weight};
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use http_body::{Body, Frame};
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep};
@@ -25,7 +26,9 @@ use tower::Service;
 #[derive(Debug, Clone)]
 pub(super) struct RequestLimits {
     /// Memory of requests that come in or are worked on.
-    pub(super) pool: Pool,
+    pub(super) usual: Pool,
+    /// The same of large ones.
+    pub(super) large: Pool,
     /// How long a request may take to begin, or wait for memory; and how long beyond what its length takes to come.
     pub(super) stall: Duration,
 }
@@ -71,7 +74,20 @@ where
 /// The memory of a request, once it is admitted. Whoever works on the request keeps one.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Held {
-    permit: Arc<OnceLock<Permit>>,
+    permit: Arc<Mutex<Option<Permit>>>,
+}
+
+impl Held {
+    fn set(&self, permit: Permit) {
+        self.permit.lock().unwrap_or_else(PoisonError::into_inner).replace(permit);
+    }
+
+    /// Gives back what is not needed for a request of so many bytes: compressed ones were admitted unseen.
+    pub(super) fn shrink_to(&self, request_bytes: usize) {
+        if let Some(permit) = self.permit.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            permit.shrink_to(request_weight(request_bytes as u64, false));
+        }
+    }
 }
 
 enum State {
@@ -117,7 +133,9 @@ impl MessageBody {
                             "a request of {length} bytes exceeds the limit of {REQUEST_BYTES_MAX}: only DoPut takes more"
                         ))));
                     }
-                    let (pool, weight) = (self.limits.pool.clone(), request_weight(length, *compressed != 0));
+                    let weight = request_weight(length, *compressed != 0);
+                    let pool = if weight <= USUAL_REQUEST_BYTES { &self.limits.usual } else { &self.limits.large };
+                    let pool = pool.clone();
                     self.state = State::Claim(async move { pool.claim(weight).await }.boxed(), length);
                     self.set_deadline(Duration::ZERO);
                 }
@@ -133,7 +151,7 @@ impl MessageBody {
                         ))));
                     };
                     let length = *length;
-                    self.held.permit.get_or_init(|| permit);
+                    self.held.set(permit);
                     self.state = State::Message(HEADER_BYTES as u64 + length);
                     inner.hold_back(false);
                     self.set_deadline(Duration::from_secs(length / REQUEST_BYTES_A_SECOND));
@@ -232,7 +250,8 @@ mod tests {
     async fn call(pool: &Pool, places: &Places) -> Call {
         let (mut senders, mut bodies, mut wanted) = wanted_streams(1, 0).await;
         let (place, _) = places.begin(DO_ACTION_PATH).expect("a place");
-        let (limits, held) = (RequestLimits { pool: pool.clone(), stall: STALL }, Held::default());
+        let limits = RequestLimits { usual: pool.clone(), large: pool.clone(), stall: STALL };
+        let held = Held::default();
         let body = MessageBody::new(bodies.pop().expect("one").at(place), limits, held.clone());
         Call { sender: senders.pop().expect("one"), body, held, wanted: wanted.pop().expect("one") }
     }
@@ -266,7 +285,7 @@ mod tests {
         }
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_message_comes_whole_and_then_nothing_of_its_stream_is_kept_though_the_sender_goes_on() {
         let (pool, places) = (Pool::new(1 << 30), places());
         let Call { mut sender, mut body, held, wanted: _wanted } = call(&pool, &places).await;
@@ -289,12 +308,14 @@ mod tests {
         assert!(all_free(&places));
         drop(body);
         assert_eq!(pool.held(), request_weight(LENGTH as u64, false), "until it is answered");
+        held.shrink_to(100);
+        assert_eq!(pool.held(), request_weight(100, false));
         drop(held);
         assert_eq!(pool.held(), 0);
         sending.await.expect("no panic");
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_message_that_waits_for_memory_has_no_more_than_its_window_here_and_goes_on_when_there_is_some() {
         let (pool, places) = (Pool::new(1 << 30), places());
         let all = pool.claim(1 << 30).await;
@@ -324,7 +345,7 @@ mod tests {
         sending.await.expect("no panic");
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_call_that_is_given_up_while_it_waits_for_memory_leaves_its_place() {
         let (pool, places) = (Pool::new(1 << 30), places());
         let all = pool.claim(1 << 30).await;
@@ -353,7 +374,7 @@ mod tests {
         assert!(all_free(&places));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_message_that_is_too_large_is_refused_by_its_header() {
         let (pool, places) = (Pool::new(1 << 30), places());
         let Call { mut sender, mut body, held: _held, wanted: _wanted } = call(&pool, &places).await;

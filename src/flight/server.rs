@@ -83,7 +83,11 @@ fn service(shared: Arc<Shared>) -> RequestService<FlightServiceServer<Flight>> {
         stall: config.upload_stall,
         stats: Arc::clone(&shared.stats),
     };
-    let limits = RequestLimits { pool: Pool::new(limits::REQUESTS_BYTES), stall: config.upload_stall };
+    let limits = RequestLimits {
+        usual: Pool::new(limits::REQUESTS_BYTES),
+        large: Pool::undivided(limits::request_weight(limits::REQUEST_BYTES_MAX, false)),
+        stall: config.upload_stall,
+    };
     let message_bytes_max = config.message_bytes_max;
     let rpcs = |request_bytes_max: u64| {
         FlightServiceServer::new(Flight { shared: Arc::clone(&shared) })

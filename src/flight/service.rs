@@ -197,9 +197,13 @@ fn connection<T>(request: &Request<T>) -> Connection {
     request.extensions().get::<Connection>().cloned().unwrap_or_default()
 }
 
-/// The memory of the request, to be kept while anything of it is.
-fn held<T>(request: &Request<T>) -> Option<Held> {
-    request.extensions().get::<Held>().cloned()
+/// The memory of the request, to be kept while anything of it is: as much as it needs now that it was seen.
+fn held<T: prost::Message>(request: &Request<T>) -> Option<Held> {
+    let held = request.extensions().get::<Held>().cloned();
+    if let Some(held) = &held {
+        held.shrink_to(request.get_ref().encoded_len());
+    }
+    held
 }
 
 fn one<T: Send + 'static>(items: Vec<T>) -> BoxStream<'static, Result<T, Status>> {

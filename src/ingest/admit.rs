@@ -96,8 +96,15 @@ pub(crate) struct Permit {
 impl Pool {
     /// A pool of `bytes`, a tenth of them for small messages.
     pub(crate) fn new(bytes: u64) -> Self {
-        let small_bytes = bytes / 10;
-        let general_bytes = bytes - small_bytes;
+        Self::of(bytes - bytes / 10, bytes / 10)
+    }
+
+    /// A pool of `bytes` without a part for small requests.
+    pub(crate) fn undivided(bytes: u64) -> Self {
+        Self::of(bytes, 0)
+    }
+
+    fn of(general_bytes: u64, small_bytes: u64) -> Self {
         let state = State {
             general_free: general_bytes,
             overdraft: 0,
