@@ -1,8 +1,8 @@
 //! Arrow Flight: the only room that names tonic or arrow-flight (INV-11).
 //!
 //! [`server`] listens, [`http2`] has the connections, [`places`] says how many, [`window`] what senders may send;
-//! [`request`] and [`upload`] frame and admit, [`assemble`] puts messages together, [`hollow`] says what of them can be left out, [`service`] has
-//! the RPCs a line each; [`put`], [`get`], [`list`] and [`actions`] do them; [`dialect`] knows which client
+//! [`request`] and [`upload`] frame and admit, [`assemble`] puts messages together, [`hollow`] says what of them can be
+//! left out, [`service`] has the RPCs a line each; [`put`], [`get`], [`list`] and [`actions`] do them; [`dialect`] knows which client
 //! speaks; [`status`] turns errors into codes. Never sees a ring.
 
 pub(crate) mod actions;

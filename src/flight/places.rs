@@ -3,8 +3,8 @@
 //! Guarantees (INV-7): streams whose requests may still come have no more windows together than `limits::memory_sum`
 //! counts, however many connections they come by. Uploads never take the last places, so who fills the box with them can
 //! still end his recording; DoGet streams that clients leave half-read take none of them, and have a bound of their own.
-//! What finds no place is told so. Not counted is what HTTP/2 has read of streams that it has not handed over yet: what
-//! comes in a read or a few.
+//! What finds no place is told so. Not counted is what HTTP/2 has read of streams that it has not handed over yet: it
+//! reads on while the socket has more, up to the 128 reads that tokio lets a task have in one go.
 
 use crate::flight::upload::DO_PUT_PATH;
 use crate::limits;
