@@ -44,6 +44,9 @@ const SEND_BUFFER_BYTES: usize = 400 << 10;
 const BEGIN_TRIES: usize = 4;
 /// Connections without a place that are told so at once; more are closed without a word.
 const REFUSALS_AT_ONCE: usize = 32;
+/// Calls that such a connection may make at once. More than one: hyper's clients put a call that fills the last stream
+/// where the end of the connection overtakes its answer.
+const REFUSED_CALLS_AT_ONCE: u32 = 16;
 /// How long telling it may take: a client calls as soon as it is connected.
 const REFUSAL_WAIT: Duration = Duration::from_secs(5);
 
@@ -119,7 +122,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut builder = h2::server::Builder::new();
-    builder.max_concurrent_streams(1).max_header_list_size(HEADERS_BYTES_MAX);
+    builder.max_concurrent_streams(REFUSED_CALLS_AT_ONCE).max_header_list_size(HEADERS_BYTES_MAX);
     let mut connection = builder.handshake::<_, Bytes>(socket).await?;
     while let Some(call) = connection.accept().await {
         let (_request, mut respond) = call?;
