@@ -1,8 +1,8 @@
 //! How much of a stream's window a sender gets, and when: HTTP/2's back-pressure, given out by message and in turns.
 //!
 //! Guarantees: on a connection of few uploads, senders have their whole windows. On others, a sender may always begin a
-//! message ([`UNASKED_BYTES`]), and send whole small ones; of a larger one it may send what was admitted, when it is its
-//! stream's turn. All turns of a connection together are about as much as stays in a processor's caches
+//! message ([`Turns::unasked_bytes`]), and send whole small ones; of a larger one it may send what was admitted, when it
+//! is its stream's turn. All turns of a connection together are about as much as stays in a processor's caches
 //! ([`TURN_BYTES`]); they are had in the order they were asked for, and one that takes too long ([`TURN_PASSES`]) goes to
 //! the next. So no stream stands still.
 //!
@@ -23,9 +23,13 @@ use std::time::Duration;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, Sleep, sleep};
 
-/// What a stream may send before it is admitted: small messages whole, and of larger ones the head, which says how
-/// large they are. An IMU row as Python sends it has 4.6 kB. A thousand streams have 8 MiB of it.
+/// What a stream may send at least before it is admitted: small messages whole, and of larger ones the head, which says
+/// how large they are. An IMU row as Python sends it has 4.6 kB. A thousand streams have 8 MiB of it.
 const UNASKED_BYTES: usize = 8 << 10;
+
+/// What streams may send before they are admitted, together, if that is more for each: a few with small messages send
+/// many before they need to hear from here.
+const UNASKED_TOGETHER_BYTES: usize = TURN_BYTES / 4;
 
 /// What the streams of one connection that have a turn may send, together. Twice what a core has to itself:
 /// half of it is on its way. Two uploads with windows of 1 MiB need no turns; four that take turns cost less than four
@@ -54,6 +58,11 @@ impl Turns {
     fn are_needed(&self, window_bytes: usize) -> bool {
         let uploads = self.uploads.load(Ordering::Relaxed);
         uploads > 1 && TURN_BYTES < uploads.saturating_mul(window_bytes)
+    }
+
+    /// What a stream may send before it is admitted.
+    fn unasked_bytes(&self) -> usize {
+        UNASKED_BYTES.max(UNASKED_TOGETHER_BYTES / self.uploads.load(Ordering::Relaxed).max(1))
     }
 
     /// Waits for a turn of so many bytes.
@@ -85,19 +94,20 @@ impl Window {
         self.held += bytes;
     }
 
-    /// What to give back if so much is wanted. What can come already needs no more than the beginning of the next
-    /// message behind it. A little at a time is not worth it, unless it is much to the sender.
-    fn due(&self, wanted: u64) -> usize {
+    /// What to give back if so much is wanted and a message may begin with `unasked` bytes. What can come already needs
+    /// no more than the beginning of the next message behind it. A little at a time is not worth it, unless it is much
+    /// to the sender.
+    fn due(&self, wanted: u64, unasked: usize) -> usize {
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-        let most = if wanted <= self.open { UNASKED_BYTES } else { wanted.saturating_add(UNASKED_BYTES) };
+        let most = if wanted <= self.open { unasked } else { wanted.saturating_add(unasked) };
         let most = most.min(self.size);
         let due = most.saturating_sub(self.open).min(self.held);
         if due >= UNASKED_BYTES || due > self.open / 2 { due } else { 0 }
     }
 
     /// How much of what is due needs a turn.
-    fn in_turn(&self, due: usize) -> usize {
-        (self.open + due).saturating_sub(self.open.max(UNASKED_BYTES))
+    fn in_turn(&self, due: usize, unasked: usize) -> usize {
+        (self.open + due).saturating_sub(self.open.max(unasked))
     }
 
     fn give(&mut self, bytes: usize) {
@@ -106,8 +116,8 @@ impl Window {
     }
 
     /// The most that a turn is still good for.
-    fn turn_left(&self) -> usize {
-        self.open.saturating_sub(UNASKED_BYTES)
+    fn turn_left(&self, unasked: usize) -> usize {
+        self.open.saturating_sub(unasked)
     }
 }
 
@@ -229,8 +239,9 @@ impl RequestBody {
             return Ok(());
         }
         let wanted = self.wanted.filter(|_| self.turns.are_needed(self.window.size));
-        let mut due = self.window.due(wanted.unwrap_or(u64::MAX));
-        let in_turn = if wanted.is_some() { self.window.in_turn(due) } else { 0 };
+        let unasked = self.turns.unasked_bytes();
+        let mut due = self.window.due(wanted.unwrap_or(u64::MAX), unasked);
+        let in_turn = if wanted.is_some() { self.window.in_turn(due, unasked) } else { 0 };
         if in_turn > 0 {
             let claim = self.claim.get_or_insert_with(|| self.turns.claim(in_turn));
             match claim.as_mut().poll(cx) {
@@ -262,7 +273,8 @@ impl RequestBody {
         self.window.take(bytes);
         self.wanted = self.wanted.map(|wanted| wanted.saturating_sub(bytes as u64));
         self.leave_turns_if_done(); // It may be long before anybody asks for the next message.
-        if self.turn.as_mut().is_some_and(|turn| turn.shrink_to(self.window.turn_left())) {
+        let left = self.window.turn_left(self.turns.unasked_bytes());
+        if self.turn.as_mut().is_some_and(|turn| turn.shrink_to(left)) {
             self.turn = None;
         }
     }
@@ -330,8 +342,8 @@ pub(super) mod tests {
         const U: usize = UNASKED_BYTES;
         let check = |open: usize, wanted: u64, expected: (usize, usize), why: &str| {
             let window = Window { size: SIZE, open, held: SIZE - open };
-            let due = window.due(wanted);
-            assert_eq!((due, window.in_turn(due)), expected, "{open} open, {wanted} wanted: {why}");
+            let due = window.due(wanted, U);
+            assert_eq!((due, window.in_turn(due, U)), expected, "{open} open, {wanted} wanted: {why}");
         };
         check(SIZE, 0, (0, 0), "all of it is open");
         check(SIZE, u64::MAX, (0, 0), "all of it is open");
@@ -365,6 +377,17 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn the_fewer_the_uploads_the_more_each_may_send_unasked() {
+        let unasked = |uploads: usize| {
+            let turns = Turns::new();
+            turns.uploads.store(uploads, Ordering::Relaxed);
+            turns.unasked_bytes()
+        };
+        assert_eq!([4, 16, 64, 65, 1000].map(unasked), [128 << 10, 32 << 10, 8 << 10, UNASKED_BYTES, UNASKED_BYTES]);
+        assert_eq!(unasked(0), UNASKED_TOGETHER_BYTES, "none has said yet that its body comes by message");
+    }
+
+    #[test]
     fn no_stream_stands_still_whatever_its_messages_and_pieces() {
         let mut random = Random::new(11);
         for round in 0..200 {
@@ -372,15 +395,17 @@ pub(super) mod tests {
             let largest = [50, 20_000, 300_000, 3_000_000][usize::try_from(round % 4).expect("small")];
             for _ in 0..30 {
                 let mut left = 1 + random.below(largest);
+                // Others come and go.
+                let unasked = |random: &mut Random| UNASKED_BYTES << random.below(7);
                 while left > 0 {
-                    window.give(window.due(left));
+                    window.give(window.due(left, unasked(&mut random)));
                     assert_eq!(window.open + window.held, SIZE);
                     assert!(window.open > 0, "{left} bytes left, and the sender may send none");
                     let piece = left.min(1 + random.below(window.open as u64));
                     window.take(usize::try_from(piece).expect("a piece"));
                     left -= piece;
                 }
-                window.give(window.due(0));
+                window.give(window.due(0, unasked(&mut random)));
                 assert!(window.open > UNASKED_BYTES / 2, "a small message can begin");
             }
         }
@@ -486,7 +511,7 @@ pub(super) mod tests {
         let begun = Instant::now();
         senders.iter_mut().for_each(|sender| sender.reserve_capacity(SIZE));
         let under_way: usize = senders.iter().map(h2::SendStream::capacity).sum();
-        let most = TURN_BYTES + STOPPED * UNASKED_BYTES;
+        let most = TURN_BYTES + UNASKED_TOGETHER_BYTES.max(STOPPED * UNASKED_BYTES);
         assert!((TURN_BYTES / 2..=most).contains(&under_way), "{under_way} bytes may be sent of {most}");
         let waits = senders.iter_mut().map(async |sender| {
             room(sender, SIZE / 2).await;
