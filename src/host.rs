@@ -105,7 +105,8 @@ fn existing(path: &Path) -> PathBuf {
 /// All checks, in the order of `doctor`'s lines.
 pub(crate) fn check(config: &Config) -> Vec<Check> {
     let dir = existing(&config.data_dir);
-    let mut checks = vec![kernel(), cores(config), memory(config), memlock(config), descriptors()];
+    let mut checks =
+        vec![kernel(), processor(&instructions()), cores(config), memory(config), memlock(config), descriptors()];
     checks.extend(disk(config, &dir));
     checks.extend(storage(&dir));
     for volume in &config.data_dirs {
@@ -113,6 +114,40 @@ pub(crate) fn check(config: &Config) -> Vec<Check> {
         checks.extend(storage(&existing(volume)));
     }
     checks
+}
+
+/// What RocksDB's C++ is compiled for beyond the first x86-64 (`.cargo/config.toml`), and whether this CPU has it.
+fn instructions() -> Vec<(&'static str, bool)> {
+    #[cfg(target_arch = "x86_64")]
+    let found =
+        vec![("SSE4.2", is_x86_feature_detected!("sse4.2")), ("PCLMULQDQ", is_x86_feature_detected!("pclmulqdq"))];
+    #[cfg(not(target_arch = "x86_64"))]
+    let found = Vec::new();
+    found
+}
+
+/// Refuses a CPU that would end the program in the middle of a recording.
+pub(crate) fn check_processor() -> Result<(), String> {
+    let check = processor(&instructions());
+    match check.remedy {
+        Some(remedy) => Err(format!("this processor {}; {remedy}", check.found)),
+        None => Ok(()),
+    }
+}
+
+fn processor(instructions: &[(&'static str, bool)]) -> Check {
+    let names = |there: bool| {
+        let names: Vec<_> = instructions.iter().filter(|(_, found)| *found == there).map(|(name, _)| *name).collect();
+        names.join(" and ")
+    };
+    match names(false) {
+        none if none.is_empty() => Check::good("processor", format!("has what the catalog needs ({})", names(true))),
+        missing => Check::fail(
+            "processor",
+            format!("has no {missing}, which the catalog's checksums need"),
+            "build flightbox without the CXXFLAGS line of .cargo/config.toml",
+        ),
+    }
 }
 
 /// What lies under a folder.
@@ -288,4 +323,19 @@ fn queue_dir(dir: &Path) -> Option<PathBuf> {
     let block = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
     // A partition's queue is its disk's.
     [block.join("queue"), block.join("../queue")].into_iter().find(|queue| queue.is_dir())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_processor_without_what_the_catalog_is_compiled_for_is_named_with_the_remedy() {
+        let full = processor(&[("SSE4.2", true), ("PCLMULQDQ", true)]);
+        assert_eq!((full.verdict, full.remedy.is_none()), (Verdict::Good, true), "{}", full.found);
+        let old = processor(&[("SSE4.2", true), ("PCLMULQDQ", false)]);
+        assert_eq!(old.verdict, Verdict::Fail);
+        assert!(old.found.contains("no PCLMULQDQ") && !old.found.contains("SSE4.2"), "{}", old.found);
+        assert!(old.remedy.is_some_and(|remedy| remedy.contains("CXXFLAGS")));
+    }
 }

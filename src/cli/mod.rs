@@ -190,7 +190,11 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 
 /// Parses the command line and runs the command.
 pub(crate) fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
-    match Cli::parse().command {
+    let command = Cli::parse().command;
+    if !matches!(command, Command::Doctor(_)) {
+        host::check_processor()?;
+    }
+    match command {
         Command::Serve { settings, null_sink, no_index } => serve::run(settings.load()?, Bench { null_sink, no_index }),
         Command::Info { settings, json, recovery } => info::run(&settings.load()?, json, recovery),
         Command::Verify { settings, sequence, json } => verify::run(&settings.load()?, sequence.as_deref(), json),
