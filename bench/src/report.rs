@@ -2,7 +2,7 @@
 
 use crate::goals::{self, Must};
 use crate::plot::{self, Line};
-use crate::samples::Samples;
+use crate::samples::{Samples, median};
 use crate::suite::Kept;
 use std::error::Error;
 use std::fmt::Write as _;
@@ -121,13 +121,17 @@ fn plots(folder: &Path, samples: &Samples, kept: &Kept) -> Result<(), Box<dyn Er
 fn summary(samples: &Samples, kept: &Kept, passes: usize) -> Result<String, std::fmt::Error> {
     let mut text = String::new();
     writeln!(text, "# Speed beside its limits (medians of {passes})\n")?;
-    writeln!(text, "| goal | must | measured | |\n| --- | --- | --- | --- |")?;
+    writeln!(text, "| goal | must | measured | | passes |\n| --- | --- | --- | --- | --- |")?;
     for goal in goals::goals(samples) {
         let sign = if goal.must == Must::Reach { "≥" } else { "≤" };
         let verdict = goal.reached().map_or("", |reached| if reached { "reached" } else { "**missed**" });
-        let value = goal.value.map_or("not measured".to_owned(), |value| format!("{} {}", rounded(value), goal.unit));
-        writeln!(text, "| {} | {sign} {} {} | {} | {verdict} |", goal.what, goal.bound, goal.unit, value.trim())?;
+        let value = goal.value().map_or("not measured".to_owned(), |value| format!("{} {}", rounded(value), goal.unit));
+        let must = format!("{sign} {} {}", goal.bound, goal.unit);
+        let passes: Vec<String> = goal.passes.iter().copied().map(rounded).collect();
+        writeln!(text, "| {} | {} | {} | {verdict} | {} |", goal.what, must.trim(), value.trim(), passes.join(" "))?;
     }
+    closed_loops(&mut text, samples)?;
+    rivals(&mut text, samples)?;
     for measurement in samples.measurements() {
         writeln!(
             text,
@@ -157,8 +161,51 @@ fn summary(samples: &Samples, kept: &Kept, passes: usize) -> Result<String, std:
     Ok(text)
 }
 
+/// As much as it takes, beside its limits.
+fn closed_loops(text: &mut String, samples: &Samples) -> std::fmt::Result {
+    let limits = |load: String| median(&goals::of_limit(samples, &load)).map(|of_limit| (load, of_limit));
+    let loads: Vec<(String, f64)> = samples.measurements().into_iter().filter_map(limits).collect();
+    if loads.is_empty() {
+        return Ok(());
+    }
+    writeln!(text, "\n## Closed loops, MB/s and server CPU s/GB\n")?;
+    writeln!(
+        text,
+        "| load | flightbox | null sink | disk, a sync per 16 MiB | of the lower | CPU: flightbox | null sink |"
+    )?;
+    writeln!(text, "| --- | --- | --- | --- | --- | --- | --- |")?;
+    for (load, of_limit) in loads {
+        let rate = |who: &str| samples.median_of(&load, who, "bytes_per_s").map_or(String::new(), megabytes);
+        let cpu = |who: &str| samples.median_of(&load, who, "cpu_s_per_gb").map_or(String::new(), rounded);
+        let [ours, sink, disk] = ["flightbox", "null_sink", "disk_sync"].map(rate);
+        let [our_cpu, sink_cpu] = ["flightbox", "null_sink"].map(cpu);
+        let of_limit = rounded(of_limit);
+        writeln!(text, "| `{load}` | {ours} | {sink} | {disk} | {of_limit} | {our_cpu} | {sink_cpu} |")?;
+    }
+    Ok(())
+}
+
+/// Whoever takes or writes the same frames.
+fn rivals(text: &mut String, samples: &Samples) -> std::fmt::Result {
+    let all = samples.contestants("image", "bytes_per_s");
+    if all.is_empty() {
+        return Ok(());
+    }
+    writeln!(text, "\n## `image` beside others\n\n| who | MB/s | server CPU s/GB |\n| --- | --- | --- |")?;
+    for who in all {
+        let rate = samples.median_of("image", &who, "bytes_per_s").map_or(String::new(), megabytes);
+        let cpu = samples.median_of("image", &who, "cpu_s_per_gb").map_or("–".to_owned(), rounded);
+        writeln!(text, "| {who} | {rate} | {cpu} |")?;
+    }
+    Ok(())
+}
+
+fn megabytes(bytes: f64) -> String {
+    format!("{:.0}", bytes / 1e6)
+}
+
 fn shown(metric: &str, value: f64) -> String {
-    if metric.ends_with("bytes_per_s") { format!("{:.0} MB/s", value / 1e6) } else { rounded(value) }
+    if metric.ends_with("bytes_per_s") { format!("{} MB/s", megabytes(value)) } else { rounded(value) }
 }
 
 /// Three digits that mean something.

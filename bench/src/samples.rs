@@ -35,21 +35,20 @@ impl Samples {
         self.rows.iter().find(is_it).map(|row| row.value)
     }
 
-    /// The median over all passes of whatever can be computed for a pass; `None` if for none.
-    pub(crate) fn median(&self, of: impl Fn(usize) -> Option<f64>) -> Option<f64> {
+    /// Whatever can be computed for a pass, of all passes for which it can.
+    pub(crate) fn passes(&self, of: impl Fn(usize) -> Option<f64>) -> Vec<f64> {
         let passes: BTreeSet<usize> = self.rows.iter().map(|row| row.pass).collect();
-        let mut values: Vec<f64> = passes.into_iter().filter_map(of).collect();
-        values.sort_by(f64::total_cmp);
-        match values.len() {
-            0 => None,
-            odd if odd % 2 == 1 => Some(values[odd / 2]),
-            even => Some((values[even / 2 - 1] + values[even / 2]) / 2.0),
-        }
+        passes.into_iter().filter_map(of).collect()
+    }
+
+    /// One metric in each pass that has it.
+    pub(crate) fn passes_of(&self, measurement: &str, contestant: &str, metric: &str) -> Vec<f64> {
+        self.passes(|pass| self.get(pass, measurement, contestant, metric))
     }
 
     /// The median of one metric.
     pub(crate) fn median_of(&self, measurement: &str, contestant: &str, metric: &str) -> Option<f64> {
-        self.median(|pass| self.get(pass, measurement, contestant, metric))
+        median(&self.passes_of(measurement, contestant, metric))
     }
 
     /// Contestants of a measurement that have a metric, in the order they came.
@@ -96,6 +95,17 @@ impl Samples {
     }
 }
 
+/// The median; `None` of nothing.
+pub(crate) fn median(values: &[f64]) -> Option<f64> {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => None,
+        odd if odd % 2 == 1 => Some(values[odd / 2]),
+        even => Some((values[even / 2 - 1] + values[even / 2]) / 2.0),
+    }
+}
+
 fn distinct<'a>(names: impl Iterator<Item = &'a String>) -> Vec<String> {
     let mut distinct: Vec<String> = Vec::new();
     for name in names {
@@ -117,10 +127,11 @@ mod tests {
             samples.add(pass, "image", "flightbox", "rate", put);
             samples.add(pass, "image", "null_sink", "rate", sink);
         }
-        let ratio = samples.median(|pass| {
+        let ratios = samples.passes(|pass| {
             Some(samples.get(pass, "image", "flightbox", "rate")? / samples.get(pass, "image", "null_sink", "rate")?)
         });
-        assert_eq!(ratio, Some(0.75));
+        assert_eq!((ratios.as_slice(), median(&ratios)), (&[0.5, 0.9, 0.75][..], Some(0.75)));
+        assert_eq!(median(&ratios[..2]), Some(0.7));
         assert_eq!(samples.median_of("image", "flightbox", "rate"), Some(3.0));
         assert_eq!(samples.median_of("image", "naive", "rate"), None);
     }
