@@ -109,7 +109,7 @@ pub(crate) const QUERY_MERGE_ROWS_MAX: usize = 2 << 20;
 /// Topics that one query reads at once.
 pub(crate) const QUERY_READS: usize = 2;
 
-/// Queries and temporal filters that run at once; the others wait.
+/// Queries, temporal filters and checks of the whole catalog that run at once; the others wait.
 pub(crate) const QUERIES_AT_ONCE: usize = 2;
 
 /// Comparisons in one query.

@@ -515,8 +515,8 @@ async fn verify(shared: &Shared, body: &Body) -> Result<Value, Status> {
         find_sequence(&shared.lifecycle.catalog, name)?;
     }
     let catalog = shared.lifecycle.catalog.clone();
-    let found = tokio::task::spawn_blocking(move || verify_catalog(&catalog)).await;
-    let findings = found.map_err(|error| Status::internal(error.to_string()))?.map_err(|e| of_storage(&e))?;
+    let findings = questions::turn(shared).await?.aside("verify", move || verify_catalog(&catalog)).await;
+    let findings = findings.map_err(|e| of_storage(&e))?;
     let topics = checker.topics(sequence.as_deref()).map_err(|e| of_storage(&e))?;
     let topics: Vec<String> = topics.into_iter().map(|topic| topic.locator).collect();
     Ok(json!({ "findings": findings, "topics": topics }))

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 use storage::ontology::{Derived, Ontology, Origin, form};
 use storage::read::Window;
+use storage::turn::Turn;
 use tonic::{Code, Status};
 
 type Fields = Map<String, Value>;
@@ -31,12 +32,13 @@ impl From<QueryError> for Status {
     }
 }
 
-fn engine(shared: &Shared) -> Engine {
+fn engine(shared: &Shared, turn: Turn) -> Engine {
     Engine {
         catalog: shared.lifecycle.catalog.clone(),
         registry: Arc::clone(&shared.lifecycle.registry),
         loader: shared.lifecycle.loader.clone(),
         data_dir: shared.config.data_dir.clone(),
+        turn,
     }
 }
 
@@ -50,10 +52,7 @@ pub(crate) async fn query(shared: &Shared, connection: &Connection, body: &Field
     };
     let query = parse::query(body, meaning)?;
     let (explain, intervals, time_range) = (query.explain, query.intervals, query.time_range);
-    let answer = {
-        let _turn = turn(shared).await?;
-        engine(shared).run(query).await?
-    };
+    let answer = engine(shared, turn(shared).await?).run(query).await?;
     // v0 takes names only; whoever asks for more than it knows gets objects.
     let names_only = dialect == Dialect::V0 && !intervals && !time_range;
     let topic = |hit: &Hit| {
@@ -121,7 +120,7 @@ struct Filtered {
     sequence: String,
 }
 
-async fn clusters_of(shared: &Shared, action: &str, fields: &Fields) -> Result<Filtered, Status> {
+async fn clusters_of(shared: &Shared, turn: &Turn, action: &str, fields: &Fields) -> Result<Filtered, Status> {
     let text = |key: &str| {
         let text = fields.get(key).and_then(Value::as_str);
         text.ok_or_else(|| invalid(format!("action `{action}` needs the text `{key}`")))
@@ -131,7 +130,7 @@ async fn clusters_of(shared: &Shared, action: &str, fields: &Fields) -> Result<F
     let dt = nanoseconds(action, fields, "clustering_dt_ns")?;
     let ontology = fields.get("ontology").unwrap_or(&Value::Null);
     let content = parse::ontology(ontology)?;
-    let engine = engine(shared);
+    let engine = engine(shared, turn.clone());
     engine.check(&content)?;
     let expr = match (content.tags.as_slice(), content.groups.as_slice()) {
         ([(tag, expr)], []) if *tag == topic.ontology_tag => expr.clone(),
@@ -186,20 +185,18 @@ fn window(action: &str, range: Option<&Value>) -> Result<Window, Status> {
 
 /// The action `topic_filter_clusterize`.
 pub(crate) async fn clusterize(shared: &Shared, fields: &Fields) -> Result<Vec<Interval>, Status> {
-    let _turn = turn(shared).await?;
-    Ok(clusters_of(shared, "topic_filter_clusterize", fields).await?.clusters)
+    let turn = turn(shared).await?;
+    Ok(clusters_of(shared, &turn, "topic_filter_clusterize", fields).await?.clusters)
 }
 
 /// Questions wait for one another: what they may hold together is part of INV-7's sum.
-async fn turn(shared: &Shared) -> Result<tokio::sync::OwnedSemaphorePermit, Status> {
-    // Cancel-safety: who goes away while waiting has taken nothing.
-    let turn = Arc::clone(&shared.queries).acquire_owned().await;
-    turn.map_err(|_| Status::unavailable("the server is shutting down"))
+pub(super) async fn turn(shared: &Shared) -> Result<Turn, Status> {
+    Turn::take(&shared.queries).await.map_err(|_| Status::unavailable("the server is shutting down"))
 }
 
 /// The action `topic_filter_intersect`.
 pub(crate) async fn intersection(shared: &Shared, fields: &Fields) -> Result<Vec<Interval>, Status> {
-    let _turn = turn(shared).await?;
+    let turn = turn(shared).await?;
     let action = "topic_filter_intersect";
     let topics = fields.get("topics").and_then(Value::as_array).filter(|topics| topics.len() >= 2);
     let topics = topics.ok_or_else(|| invalid(format!("action `{action}` needs `topics`, at least two")))?;
@@ -211,7 +208,7 @@ pub(crate) async fn intersection(shared: &Shared, fields: &Fields) -> Result<Vec
     let mut all = Vec::with_capacity(topics.len());
     for topic in topics {
         let fields = topic.as_object().ok_or_else(|| invalid(format!("action `{action}`: a topic is no object")))?;
-        all.push(clusters_of(shared, action, fields).await?);
+        all.push(clusters_of(shared, &turn, action, fields).await?);
     }
     if let Some(other) = all.iter().find(|other| other.sequence != all[0].sequence) {
         let (a, b) = (&all[0].sequence, &other.sequence);

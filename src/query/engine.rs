@@ -11,7 +11,7 @@ use crate::query::names::{int_satisfies, text_satisfies, topic_name_satisfies};
 use crate::query::plan::{Bound, Verdict, bind, resolve};
 use crate::query::rows::Rows;
 use crate::query::times::{Builder, Interval, Range, Runs, intersect};
-use crate::query::{Content, Expr, Filter, Query, QueryError, Result, aside};
+use crate::query::{Content, Expr, Filter, Query, QueryError, Result};
 use futures::{StreamExt, TryStreamExt};
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -24,15 +24,20 @@ use storage::chunk::record::SkipRecord;
 use storage::ids::TopicNo;
 use storage::ontology::Ontology;
 use storage::read::{Loader, TopicView, Window};
+use storage::turn::Turn;
 
-/// What questions are asked of. Cheap to clone.
+/// What a question is asked of, and its turn. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Engine {
     pub(crate) catalog: Catalog,
     pub(crate) registry: Arc<Registry>,
     pub(crate) loader: Loader,
     pub(crate) data_dir: PathBuf,
+    pub(crate) turn: Turn,
 }
+
+/// What failed, in errors.
+pub(super) const OP: &str = "query";
 
 /// Topics that the index did not rule out, with what it says of each chunk.
 struct Survivor {
@@ -48,15 +53,16 @@ impl Engine {
         self.check(&query.content)?;
         if query.explain {
             let (engine, filter, cost) = (self.clone(), query.sequence.clone(), Arc::clone(&cost));
-            aside(move || {
-                for sequence in engine.sequences(filter.as_ref())? {
-                    for topic in engine.catalog.topics_of(sequence.id)? {
-                        Cost::add(&cost.bytes_stored, engine.catalog.totals(topic.no)?.stored_bytes);
+            self.turn
+                .aside(OP, move || {
+                    for sequence in engine.sequences(filter.as_ref())? {
+                        for topic in engine.catalog.topics_of(sequence.id)? {
+                            Cost::add(&cost.bytes_stored, engine.catalog.totals(topic.no)?.stored_bytes);
+                        }
                     }
-                }
-                Ok(())
-            })
-            .await?;
+                    Ok::<_, QueryError>(())
+                })
+                .await?;
         }
         let nothing_asked = query.sequence.is_none() && query.topic.is_none() && query.content.is_empty();
         let mut items = if nothing_asked {
@@ -148,7 +154,7 @@ impl Engine {
     /// The same off the threads that serve calls: it reads whole records of everything there is.
     async fn by_name_aside(&self, query: &Query) -> Result<Vec<Item>> {
         let (engine, query) = (self.clone(), query.clone());
-        aside(move || engine.by_name(&query)).await
+        self.turn.aside(OP, move || engine.by_name(&query)).await
     }
 
     fn sequences(&self, filter: Option<&Filter>) -> Result<Vec<SequenceRecord>> {
@@ -257,7 +263,7 @@ impl Engine {
             let (engine, tag, expr) = (self.clone(), tag.to_owned(), expr.clone());
             let (allowed, cost) = (allowed.cloned(), Arc::clone(cost));
             // The index is read through RocksDB, which blocks.
-            aside(move || engine.scan(&tag, &expr, allowed.as_ref(), &cost)).await?
+            self.turn.aside(OP, move || engine.scan(&tag, &expr, allowed.as_ref(), &cost)).await?
         };
         let hits: Vec<Option<Hit>> = futures::stream::iter(survivors)
             .map(|survivor| self.refine(survivor, times, cost))
@@ -328,7 +334,7 @@ impl Engine {
             return Ok(self.catalog.topic(survivor.topic)?.map(found));
         }
         let engine = self.clone();
-        let Some(rows) = aside(move || engine.rows(survivor)).await? else { return Ok(None) };
+        let Some(rows) = self.turn.aside(OP, move || engine.rows(survivor)).await? else { return Ok(None) };
         let hit = found(rows.view.record.clone());
         match times {
             Times::Nothing => Ok(rows.any(&self.loader, cost).await?.then_some(hit)),
@@ -356,7 +362,7 @@ impl Engine {
             TopicView::load(&view, &self.data_dir, topic)?
         };
         let Survivor { verdicts, bound, .. } = survivor;
-        Ok(view.map(|view| Rows::new(Arc::new(view), verdicts, bound)))
+        Ok(view.map(|view| Rows::new(Arc::new(view), verdicts, bound, self.turn.clone())))
     }
 
     /// Feeds the times of one topic's rows, and whether they match, to a builder.
@@ -369,9 +375,12 @@ impl Engine {
     ) -> Result<()> {
         let (engine, of_topic, expr, cost) = (self.clone(), topic.clone(), expr.clone(), Arc::new(Cost::default()));
         let for_scan = Arc::clone(&cost);
-        let survivors =
-            aside(move || engine.scan(&of_topic.ontology_tag, &expr, Some(&HashSet::from([of_topic.no])), &for_scan))
-                .await?;
+        let survivors = self
+            .turn
+            .aside(OP, move || {
+                engine.scan(&of_topic.ontology_tag, &expr, Some(&HashSet::from([of_topic.no])), &for_scan)
+            })
+            .await?;
         for survivor in survivors {
             if let Some(rows) = self.rows(survivor)? {
                 rows.walk(&self.loader, window, builder, &cost).await?;

@@ -127,11 +127,3 @@ pub(crate) struct Query {
     /// Say what the answer cost.
     pub(crate) explain: bool,
 }
-
-/// Runs what blocks, or takes long, off the threads that serve calls.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(StorageError::Format { op: "query", text: error.to_string() }.into()),
-    }
-}

@@ -5,10 +5,11 @@
 
 use crate::limits;
 use crate::query::answer::Cost;
+use crate::query::engine::OP;
 use crate::query::plan::{Bound, Verdict};
-use crate::query::refine::matching;
+use crate::query::refine;
 use crate::query::times::{Builder, Interval};
-use crate::query::{QueryError, Result, aside};
+use crate::query::{QueryError, Result};
 use arrow::array::AsArray;
 use arrow::datatypes::Int64Type;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use storage::StorageError;
 use storage::ontology::Ontology;
 use storage::read::{Loader, Place, TopicView, Window};
 use storage::schema::{TIME_COLUMN, parquet_leaves};
+use storage::turn::Turn;
 
 /// The rows of one topic and what is asked of them.
 pub(super) struct Rows {
@@ -25,13 +27,19 @@ pub(super) struct Rows {
     /// Parquet leaves that decide, and the one with the time.
     columns: Vec<usize>,
     time: Vec<usize>,
+    turn: Turn,
 }
 
 impl Rows {
-    pub(super) fn new(view: Arc<TopicView>, verdicts: Vec<Verdict>, bound: Arc<(Bound, Arc<Ontology>)>) -> Self {
+    pub(super) fn new(
+        view: Arc<TopicView>,
+        verdicts: Vec<Verdict>,
+        bound: Arc<(Bound, Arc<Ontology>)>,
+        turn: Turn,
+    ) -> Self {
         let time = parquet_leaves(&view.schema.stored, TIME_COLUMN, None);
         let columns = bound.0.columns_to_read(&bound.1);
-        Self { view, verdicts, bound, columns, time }
+        Self { view, verdicts, bound, columns, time, turn }
     }
 
     fn verdict(&self, place: Place) -> Verdict {
@@ -67,17 +75,17 @@ impl Rows {
             Cost::add(&cost.bytes_read, bytes);
         }
         let bound = Arc::clone(&self.bound);
-        aside(move || {
+        let matching = move || {
             let times = batch.column_by_name(TIME_COLUMN).and_then(|column| column.as_primitive_opt::<Int64Type>());
             let times = times.ok_or(StorageError::Gone)?.values().to_vec();
             let matches = match verdict {
                 Verdict::All => vec![true; times.len()],
                 Verdict::None => vec![false; times.len()],
-                Verdict::Some => matching(&bound.0, &batch)?.iter().collect(),
+                Verdict::Some => refine::matching(&bound.0, &batch)?.iter().collect(),
             };
             Ok((times, matches))
-        })
-        .await
+        };
+        self.turn.aside(OP, matching).await
     }
 
     /// Feeds the rows of a window to a builder in time order.

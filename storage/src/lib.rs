@@ -27,6 +27,7 @@ pub mod schema;
 pub mod segment;
 pub mod sim;
 pub mod tail;
+pub mod turn;
 pub mod uring;
 pub mod verify;
 pub mod volumes;

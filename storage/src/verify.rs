@@ -17,6 +17,7 @@ use crate::limits::BLOCK_BYTES;
 use crate::ontology::Ontology;
 use crate::read::{Loader, TopicView};
 use crate::segment::{self, Head, Trailer, footer_is_whole};
+use crate::turn::Turn;
 use bytes::Bytes;
 use parquet::file::metadata::ParquetMetaDataReader;
 use serde::{Deserialize, Serialize};
@@ -203,14 +204,14 @@ impl Subject {
         let mut looked = Looked { chunks: 1, ..Looked::default() };
         let Some(chunk) = self.view.chunks().get(index) else { return looked };
         // Bounds the chunks that are held at once, with those of readers.
-        let Ok(_place) = loader.place().await else { return looked };
+        let Ok(place) = loader.place().await else { return looked };
         looked.rows = chunk.rows();
         looked.bytes = chunk.padded_length;
         let path = self.path(chunk.segment);
         // Twice: what is damaged stays so, what a cable did to one read does not.
-        let mut problem = self.look_at(loader, &path, chunk, index).await;
+        let mut problem = self.look_at(loader, &place, &path, (chunk, index)).await;
         if problem.is_err() {
-            problem = self.look_at(loader, &path, chunk, index).await;
+            problem = self.look_at(loader, &place, &path, (chunk, index)).await;
         }
         match problem {
             Ok(()) if self.view.is_damaged(chunk.first_row) => looked.whole_again.push(chunk.first_row),
@@ -227,9 +228,9 @@ impl Subject {
     async fn look_at(
         &self,
         loader: &Loader,
+        place: &Turn,
         path: &Path,
-        chunk: &ChunkRecord,
-        index: usize,
+        (chunk, index): (&ChunkRecord, usize),
     ) -> std::result::Result<(), (Part, String)> {
         // What this machine cannot do now (too many files, no memory) says nothing about the bytes.
         let broken = |error: StorageError| {
@@ -243,7 +244,7 @@ impl Subject {
         verify_columns(path, chunk, &data, None).map_err(broken)?;
         check_rest(&rest, chunk)?;
         let (Some(ontology), Some(before)) = (&self.ontology, self.index.get(index)) else { return Ok(()) };
-        let batch = loader.decode(&self.view, chunk, data).await.map_err(broken)?;
+        let batch = loader.decode(place, &self.view, chunk, data).await.map_err(broken)?;
         let fresh = SkipRecord { fields: collect(&ontology.stored, &ontology.record.derived, &[batch]) };
         // Without an entry it was recorded without an index, or before there was one: queries read it.
         match before {

@@ -11,13 +11,14 @@ use crate::ids::TopicNo;
 use crate::limits;
 use crate::schema::TopicSchema;
 use crate::segment::{self, Trailer};
+use crate::turn::Turn;
 use arrow::array::RecordBatch;
 use bytes::Bytes;
 use parquet::schema::types::SchemaDescPtr;
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{Semaphore, SemaphorePermit, broadcast, mpsc, oneshot};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 /// Reads chunks through a bounded cache of decoded ones.
 #[derive(Debug, Clone)]
@@ -95,8 +96,7 @@ impl Loader {
         if let Some(batch) = self.cached(key) {
             return Ok(batch);
         }
-        // Cancel-safety: the place is given back by drop.
-        let _place = self.loading.acquire().await.map_err(|_| StorageError::Gone)?;
+        let place = self.place().await?;
         if let Some(batch) = self.cached(key) {
             return Ok(batch);
         }
@@ -104,35 +104,40 @@ impl Loader {
         let bytes = ChunkBytes::whole(chunk.offset, self.raw(&path, chunk.offset, chunk.length).await?);
         let (record, for_check) = (chunk.clone(), bytes.clone());
         // Checksums are CPU work: off the threads that serve sockets.
-        let checked = tokio::task::spawn_blocking(move || verify_columns(&path, &record, &for_check, None));
-        checked.await.map_err(|error| StorageError::Format { op: "check", text: error.to_string() })??;
-        let batch = self.decode(view, chunk, bytes).await?;
+        place.aside("check", move || verify_columns(&path, &record, &for_check, None)).await?;
+        let batch = self.decode(&place, view, chunk, bytes).await?;
         self.keep(key, batch.clone());
         Ok(batch)
     }
 
-    /// The rows of a chunk whose bytes were checked.
+    /// The rows of a chunk whose bytes were checked, in a [place](Self::place).
     ///
     /// # Errors
     /// When they are not the pages that its columns promise.
-    pub async fn decode(&self, view: &TopicView, chunk: &ChunkRecord, bytes: ChunkBytes) -> Result<RecordBatch> {
+    pub async fn decode(
+        &self,
+        place: &Turn,
+        view: &TopicView,
+        chunk: &ChunkRecord,
+        bytes: ChunkBytes,
+    ) -> Result<RecordBatch> {
         let (chunk, schema, descriptor) = (chunk.clone(), Arc::clone(&view.schema), Arc::clone(&view.descriptor));
-        let decoded = tokio::task::spawn_blocking(move || {
+        let decode = move || {
             let batches = decode(row_group(&schema, &descriptor, &chunk), bytes)?;
             match batches.as_slice() {
                 [one] => Ok::<_, StorageError>(one.clone()),
                 many => Ok(arrow::compute::concat_batches(&schema.stored, many)?),
             }
-        });
-        decoded.await.map_err(|error| StorageError::Format { op: "decode", text: error.to_string() })?
+        };
+        place.aside("decode", decode).await
     }
 
-    /// Waits until one more chunk may be held; given back by drop.
+    /// Waits until one more chunk may be read and decoded; given back by drop.
     ///
     /// # Errors
     /// When the loader has been shut.
-    pub async fn place(&self) -> Result<SemaphorePermit<'_>> {
-        self.loading.acquire().await.map_err(|_| StorageError::Gone)
+    pub async fn place(&self) -> Result<Turn> {
+        Turn::take(&self.loading).await.map_err(|_| StorageError::Gone)
     }
 
     /// Bytes of a file from a block boundary on, past the cache.
@@ -180,8 +185,7 @@ impl Loader {
         if let Some(batch) = self.cached((view.record.no, chunk.first_row)) {
             return Ok((batch, 0));
         }
-        // Cancel-safety: the place is given back by drop.
-        let _place = self.loading.acquire().await.map_err(|_| StorageError::Gone)?;
+        let place = self.place().await?;
         let path = view.dir().join(segment::file_name(chunk.segment));
         let mut parts = Vec::new();
         let mut read = 0;
@@ -191,15 +195,14 @@ impl Loader {
         }
         let (chunk, schema, descriptor) = (chunk.clone(), Arc::clone(&view.schema), Arc::clone(&view.descriptor));
         let leaves = leaves.to_vec();
-        let decoded = tokio::task::spawn_blocking(move || {
+        let decode = move || {
             let bytes = ChunkBytes::parts(parts);
             verify_columns(&path, &chunk, &bytes, Some(&leaves))?;
             let batches = decode_leaves(row_group(&schema, &descriptor, &chunk), bytes, &leaves)?;
             let schema = batches.first().map(RecordBatch::schema).ok_or(StorageError::Gone)?;
             Ok::<_, StorageError>(arrow::compute::concat_batches(&schema, &batches)?)
-        });
-        let batch = decoded.await.map_err(|error| StorageError::Format { op: "decode", text: error.to_string() })??;
-        Ok((batch, read))
+        };
+        Ok((place.aside("decode", decode).await?, read))
     }
 
     fn cached(&self, (no, row): (TopicNo, u64)) -> Option<RecordBatch> {
