@@ -108,6 +108,9 @@ enum State {
     Ended,
 }
 
+/// A piece of a message from this size on is worth telling its sender before it is copied that he may go on.
+const GO_ON_BYTES: usize = 16 << 10;
+
 /// An empty, uncompressed message.
 const EMPTY_MESSAGE: [u8; HEADER_BYTES] = [0; HEADER_BYTES];
 
@@ -232,6 +235,10 @@ impl UploadBody {
                 }
                 State::Message { permit, assembler } => {
                     let take = assembler.left().min(self.pending.len());
+                    // Not where more came than was admitted: it may have to wait.
+                    if GO_ON_BYTES <= take && take == self.pending.len() {
+                        self.inner.go_on((assembler.left() - take) as u64, cx);
+                    }
                     assembler.add(&self.pending.split_to(take))?;
                     if assembler.left() > 0 {
                         if take > 0 {

@@ -82,11 +82,13 @@ struct Window {
     open: usize,
     /// Taken, and not yet given back to the sender.
     held: usize,
+    /// Of these, what no message was admitted for: it may have to wait here, in place of more of the same window.
+    unadmitted: usize,
 }
 
 impl Window {
     fn new(size: usize) -> Self {
-        Self { size, open: size, held: 0 }
+        Self { size, open: size, held: 0, unadmitted: 0 }
     }
 
     fn take(&mut self, bytes: usize) {
@@ -101,7 +103,7 @@ impl Window {
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
         let most = if wanted <= self.open { unasked } else { wanted.saturating_add(unasked) };
         let most = most.min(self.size);
-        let due = most.saturating_sub(self.open).min(self.held);
+        let due = most.saturating_sub(self.open).min(self.held.saturating_sub(self.unadmitted));
         if due >= UNASKED_BYTES || due > self.open / 2 { due } else { 0 }
     }
 
@@ -209,6 +211,13 @@ impl RequestBody {
         self.leave_turns_if_done();
     }
 
+    /// As [`Self::want`], of a message that was admitted with what came last: its sender goes on at once.
+    pub(super) fn go_on(&mut self, bytes: u64, cx: &mut Context<'_>) {
+        self.window.unadmitted = 0;
+        self.want(bytes);
+        self.give(cx).ok(); // What broke is seen at the next read.
+    }
+
     /// Says whether what is read stays counted in the sender's window, so that no more than that is ever here.
     pub(super) fn hold_back(&mut self, is_held_back: bool) {
         self.is_held_back = is_held_back;
@@ -264,6 +273,7 @@ impl RequestBody {
             self.turn = None;
         }
         self.window.give(due);
+        self.leave_turn_beyond_window(); // More may have become unasked since the turn was asked for.
         // Also nothing: h2 keeps what is less than half of what the sender still has, and looks at it again here.
         self.stream.flow_control().release_capacity(due)
     }
@@ -271,8 +281,15 @@ impl RequestBody {
     /// Notes what came.
     fn take(&mut self, bytes: usize) {
         self.window.take(bytes);
+        let admitted = self.wanted.map_or(bytes, |wanted| usize::try_from(wanted).unwrap_or(usize::MAX));
+        self.window.unadmitted = bytes.saturating_sub(admitted);
         self.wanted = self.wanted.map(|wanted| wanted.saturating_sub(bytes as u64));
         self.leave_turns_if_done(); // It may be long before anybody asks for the next message.
+        self.leave_turn_beyond_window();
+    }
+
+    /// Leaves to others what this stream's window cannot use of its turn any more.
+    fn leave_turn_beyond_window(&mut self) {
         let left = self.window.turn_left(self.turns.unasked_bytes());
         if self.turn.as_mut().is_some_and(|turn| turn.shrink_to(left)) {
             self.turn = None;
@@ -300,6 +317,7 @@ impl Body for RequestBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
         let this = &mut *self;
         if !this.is_over {
+            this.window.unadmitted = 0; // Who asks for more has no more of it.
             this.give(cx)?;
             match this.stream.poll_data(cx) {
                 Poll::Ready(Some(Ok(data))) => {
@@ -341,7 +359,7 @@ pub(super) mod tests {
     fn a_sender_gets_what_is_wanted_and_the_beginning_of_the_next_message() {
         const U: usize = UNASKED_BYTES;
         let check = |open: usize, wanted: u64, expected: (usize, usize), why: &str| {
-            let window = Window { size: SIZE, open, held: SIZE - open };
+            let window = Window { size: SIZE, open, held: SIZE - open, unadmitted: 0 };
             let due = window.due(wanted, U);
             assert_eq!((due, window.in_turn(due, U)), expected, "{open} open, {wanted} wanted: {why}");
         };
@@ -539,6 +557,49 @@ pub(super) mod tests {
             small.want(0);
         }
         assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_turn_each_of_a_few_may_send_more_than_each_of_many() {
+        for (others, share) in [(15, UNASKED_TOGETHER_BYTES / 16), (999, UNASKED_BYTES)] {
+            let (mut senders, mut bodies) = streams(1, others).await;
+            let (mut sender, mut body) = (senders.pop().expect("one"), bodies.pop().expect("one"));
+            let _all = all_turns(&body).await;
+            room(&mut sender, SIZE).await;
+            sender.send_data(vec![7; SIZE].into(), false).expect("sent");
+            let mut left = SIZE;
+            while left > 0 {
+                body.want(0);
+                left -= frame(&mut body).await;
+            }
+            body.want(SIZE as u64);
+            assert!(futures::poll!(std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx))).is_pending());
+            sender.reserve_capacity(SIZE);
+            sleep(Duration::from_millis(1)).await;
+            let room = sender.capacity();
+            assert!(share / 2 < room && room <= share, "{room} bytes of {share}, beside {others} others");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_to_be_admitted_keeps_its_place_in_the_window() {
+        let (mut senders, mut bodies) = streams(1, 0).await;
+        let (mut sender, mut body) = (senders.pop().expect("one"), bodies.pop().expect("one"));
+        room(&mut sender, SIZE).await;
+        sender.send_data(vec![7; SIZE].into(), false).expect("sent");
+        sleep(Duration::from_millis(1)).await;
+        body.want(0);
+        let came = frame(&mut body).await;
+        sender.reserve_capacity(SIZE);
+        sleep(Duration::from_millis(1)).await;
+        assert_eq!(sender.capacity(), 0, "{came} bytes are here and not admitted");
+        std::future::poll_fn(|cx| {
+            body.go_on(SIZE as u64, cx);
+            Poll::Ready(())
+        })
+        .await;
+        sleep(Duration::from_millis(1)).await;
+        assert!(sender.capacity() > 0, "now they are");
     }
 
     #[tokio::test(start_paused = true)]
