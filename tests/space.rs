@@ -142,7 +142,7 @@ fn a_full_volume_ends_its_own_uploads_and_new_topics_go_to_the_others() {
         let told = info(&mut client).await["volumes"].clone();
         assert_eq!((&told[0]["space"], &told[1]["space"]), (&json!("enough"), &json!("enough")), "{told}");
         // Full; or low again, once what the upload had reserved and not used is given back and looked at.
-        assert_ne!(told[2]["space"], "enough", "{told}");
+        assert!(matches!(told[2]["space"].as_str(), Some("full" | "low")), "{told}");
         for index in 2..6 {
             let name = format!("both/s{index}");
             let topic = create_topic(&mut client, &key, &name, "image").await;

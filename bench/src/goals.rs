@@ -67,6 +67,7 @@ pub(crate) fn goals(samples: &Samples) -> Vec<Goal> {
     let of = |measurement: &'static str, contestant: &'static str, metric: &'static str| {
         samples.passes_of(measurement, contestant, metric)
     };
+    // The worse of what the server's own counters and the device's say.
     let written_at_most = |measurement: &'static str| {
         samples.passes(|pass| {
             let of = |metric: &str| get(pass, measurement, "flightbox", metric);

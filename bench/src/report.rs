@@ -127,7 +127,8 @@ fn summary(samples: &Samples, kept: &Kept, passes: usize) -> Result<String, std:
         let verdict = goal.reached().map_or("", |reached| if reached { "reached" } else { "**missed**" });
         let value = goal.value().map_or("not measured".to_owned(), |value| format!("{} {}", rounded(value), goal.unit));
         let must = format!("{sign} {} {}", goal.bound, goal.unit);
-        let passes: Vec<String> = goal.passes.iter().copied().map(rounded).collect();
+        let passes: Vec<String> =
+            if goal.passes.len() > 1 { goal.passes.iter().copied().map(rounded).collect() } else { Vec::new() };
         writeln!(text, "| {} | {} | {} | {verdict} | {} |", goal.what, must.trim(), value.trim(), passes.join(" "))?;
     }
     closed_loops(&mut text, samples)?;

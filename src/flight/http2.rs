@@ -46,7 +46,7 @@ const BEGIN_TRIES: usize = 4;
 const REFUSALS_AT_ONCE: usize = 32;
 /// Calls that such a connection may make at once. More than one: hyper's clients put a call that fills the last stream
 /// where the end of the connection overtakes its answer.
-const REFUSED_CALLS_AT_ONCE: u32 = 16;
+const REFUSED_CALLS_AT_ONCE: u32 = 4;
 /// How long telling it may take: a client calls as soon as it is connected.
 const REFUSAL_WAIT: Duration = Duration::from_secs(5);
 
@@ -126,7 +126,7 @@ where
     let mut connection = builder.handshake::<_, Bytes>(socket).await?;
     while let Some(call) = connection.accept().await {
         let (_request, mut respond) = call?;
-        respond.send_response(refusal.clone().into_http(), true)?;
+        respond.send_response(refusal.clone().into_http(), true).ok(); // Who has gone need not know; others may.
         connection.graceful_shutdown();
     }
     Ok(())
