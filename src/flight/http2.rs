@@ -8,6 +8,7 @@
 
 use crate::flight::dialect::Connection;
 use crate::flight::places::{AnswerPlace, ConnectionPlace, Places, RequestPlace};
+use crate::flight::splice::splice;
 use crate::flight::window::{RequestBody, Turns};
 use crate::flight::wire::{Heard, Wire};
 use crate::limits::{ENDED_EARLY_FOR, ENDED_EARLY_MAX, FAULTS_MAX};
@@ -261,7 +262,8 @@ async fn answer<C>(
         .await
     };
     let Some(response) = answered else { return };
-    let (head, body) = response.into_parts();
+    let (mut head, body) = response.into_parts();
+    let body = splice(&mut head.extensions, body);
     let is_over = body.is_end_stream();
     let sent = match respond.send_response(Response::from_parts(head, ()), is_over) {
         Ok(_) if is_over => Ok(()),

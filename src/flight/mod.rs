@@ -25,6 +25,7 @@ mod questions;
 mod request;
 pub(crate) mod server;
 pub(crate) mod service;
+mod splice;
 pub(crate) mod status;
 pub(crate) mod upload;
 mod window;

@@ -3,6 +3,7 @@
 use crate::config::Config;
 use crate::flight::dialect::Connection;
 use crate::flight::request::Held;
+use crate::flight::splice::Bodies;
 use crate::flight::upload::Monitor;
 use crate::flight::{actions, get, list, put};
 use crate::health::{Health, Room};
@@ -275,7 +276,10 @@ impl FlightService for Flight {
             let _held = held;
             get::do_get(shared, &ticket).await.map(StreamExt::boxed)
         };
-        Ok(Response::new(self.shared.on_control(work).await?))
+        let (messages, bodies) = (self.shared.on_control(work).await?, Bodies::default());
+        let mut response = Response::new(bodies.take_out(messages).boxed());
+        response.extensions_mut().insert(bodies);
+        Ok(response)
     }
 
     async fn do_put(&self, request: Request<Streaming<FlightData>>) -> Result<Response<Self::DoPutStream>, Status> {
