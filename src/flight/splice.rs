@@ -21,6 +21,9 @@ use tonic::body::Body;
 /// comes behind it.
 const DATA_BODY: u32 = 1000;
 
+/// Bodies below this many bytes are copied behind their head: a frame of their own would cost more.
+const SMALL_BODY_BYTES: usize = 4 << 10;
+
 /// Bodies of one answer's messages, in order; an empty one of a message that has none.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Bodies {
@@ -37,7 +40,10 @@ impl Bodies {
         let bodies = self.clone();
         stream::poll_fn(move |cx| {
             if !bodies.queue().is_empty() {
-                return Poll::Pending;
+                // Or nobody would ever ask again.
+                let is_spliced = Arc::strong_count(&bodies.queue) > 1;
+                let lost = || Poll::Ready(Some(Err(Status::internal("an answer lost its bodies"))));
+                return if is_spliced { Poll::Pending } else { lost() };
             }
             Pin::new(&mut messages).poll_next(cx).map_ok(|message| bodies.keep(message))
         })
@@ -84,13 +90,18 @@ impl Spliced {
             return Some(message);
         }
         let field = key_len(DATA_BODY) + encoded_len_varint(body.len() as u64);
-        let mut head = BytesMut::with_capacity(message.len() + field);
+        let behind = if body.len() < SMALL_BODY_BYTES { body.len() } else { 0 };
+        let mut head = BytesMut::with_capacity(message.len() + field + behind);
         head.put_u8(compressed);
         head.put_u32(u32::try_from(length + field + body.len()).ok()?);
         head.extend_from_slice(message.get(HEADER_BYTES..)?);
         encode_key(DATA_BODY, WireType::LengthDelimited, &mut head);
         encode_varint(body.len() as u64, &mut head);
-        self.body = Some(body);
+        if behind == 0 {
+            self.body = Some(body);
+        } else {
+            head.extend_from_slice(&body);
+        }
         Some(head.freeze())
     }
 }
@@ -127,10 +138,13 @@ impl http_body::Body for Spliced {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::StreamExt;
     use futures::executor::block_on;
     use http::HeaderMap;
     use prost::Message;
     use std::future::poll_fn;
+    use std::time::Duration;
+    use tonic::codec::{EncodeBody, EncodeBuf, Encoder, SingleMessageCompressionOverride};
 
     /// What tonic makes: whole messages, some to a frame, and trailers.
     struct Frames(VecDeque<Frame<Bytes>>);
@@ -161,7 +175,7 @@ mod tests {
 
     #[test]
     fn the_peer_gets_the_messages_that_protobuf_makes_and_the_bodies_uncopied() {
-        let sizes = [0, 1, 127, 128, 300_000, 0, 20_000_000];
+        let sizes = [0, 1, 127, 128, SMALL_BODY_BYTES, 300_000, 0, 20_000_000];
         let all: Vec<FlightData> = (0..)
             .zip(sizes)
             .map(|(number, size)| {
@@ -185,7 +199,7 @@ mod tests {
         };
         assert!(trailers.is_trailers() && next(&mut body).is_none());
         assert!(sent == all.iter().flat_map(prefixed).collect::<Vec<_>>(), "not what protobuf makes");
-        assert_eq!(uncopied, sizes.iter().filter(|size| **size > 0).count());
+        assert_eq!(uncopied, sizes.iter().filter(|size| **size >= SMALL_BODY_BYTES).count());
     }
 
     #[test]
@@ -211,6 +225,61 @@ mod tests {
         assert!(next().is_pending());
         assert_eq!(bodies.queue().pop_front().expect("its body"), message().data_body);
         assert!(next().is_ready());
+        drop(bodies);
+        let Poll::Ready(Some(Err(lost))) = next() else { panic!("nobody gives the bodies back") };
+        assert_eq!(lost.code(), tonic::Code::Internal);
+    }
+
+    /// As tonic's generated service has it.
+    struct Prost;
+
+    impl Encoder for Prost {
+        type Item = FlightData;
+        type Error = Status;
+
+        fn encode(&mut self, item: FlightData, into: &mut EncodeBuf<'_>) -> Result<(), Status> {
+            item.encode(into).map_err(|error| Status::internal(error.to_string()))
+        }
+    }
+
+    #[tokio::test]
+    async fn tonic_hands_on_each_message_before_the_next_is_made_however_they_come_and_end() {
+        let message = |number: u8, body: usize, header: usize| {
+            FlightData::new().with_data_header(vec![number; header]).with_data_body(vec![number; body])
+        };
+        // Small and large ones, one with more beside its body than tonic gathers; some come late; an error ends them.
+        let all = [message(1, 0, 50), message(2, 100, 50), message(3, 5_000_000, 50), message(4, 9000, 90_000)];
+        let expected: Vec<u8> = all.iter().flat_map(prefixed).collect();
+        let slowly = async |(number, message): (usize, FlightData)| {
+            for _ in 0..number % 3 {
+                tokio::task::yield_now().await;
+            }
+            message
+        };
+        let messages = stream::iter(all.into_iter().enumerate()).then(slowly).map(Ok);
+        let messages = messages.chain(stream::iter([Err(Status::data_loss("the last chunk"))])).boxed();
+        let bodies = Bodies::default();
+        let encoded = EncodeBody::new_server(
+            Prost,
+            bodies.take_out(messages).boxed(),
+            None,
+            SingleMessageCompressionOverride::default(),
+            None,
+        );
+        let mut extensions = http::Extensions::new();
+        extensions.insert(bodies);
+        let mut body = splice(&mut extensions, Body::new(encoded));
+        let mut sent = Vec::new();
+        let trailers = loop {
+            let frame = poll_fn(|cx| http_body::Body::poll_frame(Pin::new(&mut body), cx));
+            let frame = tokio::time::timeout(Duration::from_secs(10), frame).await.expect("it goes on");
+            match frame.expect("more").expect("a frame").into_data() {
+                Ok(data) => sent.extend_from_slice(&data),
+                Err(frame) => break frame.into_trailers().expect("trailers"),
+            }
+        };
+        assert!(sent == expected, "not what protobuf makes");
+        assert_eq!(Status::from_header_map(&trailers).expect("a status").code(), tonic::Code::DataLoss);
     }
 
     #[test]
