@@ -1,8 +1,9 @@
 //! The bodies of DoGet's messages, past protobuf.
 //!
-//! Guarantees: the peer gets the messages to the letter that protobuf would make of them, and a body's bytes are not
-//! copied on their way from the batch to HTTP/2. Tonic has messages without bodies, and keeps their order; each gets its
-//! own back here, as its last field. (Uploads do the same the other way round: [`crate::flight::upload`].)
+//! Guarantees: the peer gets the messages to the letter that protobuf would make of them; a body's bytes are not copied
+//! between its encoded batch and HTTP/2, but for small ones; no more than one message is in memory for it. Tonic has
+//! messages without bodies, and keeps their order; each gets its own back here, as its last field. (Uploads do the same
+//! the other way round: [`crate::flight::upload`].) Answers that are compressed cannot pass: none is.
 
 use crate::flight::upload::HEADER_BYTES;
 use arrow_flight::FlightData;
