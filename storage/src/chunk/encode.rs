@@ -8,6 +8,7 @@
 //! Does not know: where the bytes go. Statistics and dictionaries are off in the Parquet writer: the
 //! skip index computes its own, once.
 
+pub use crate::chunk::plain::Part;
 use crate::chunk::plain::{self, Column, Leaf, Page};
 use crate::chunk::record::ColumnRecord;
 use crate::error::{Result, StorageError};
@@ -96,9 +97,9 @@ impl Compression {
 
 /// What encoding a chunk yields, in file order.
 #[derive(Debug)]
-pub enum Piece {
+pub enum Piece<'a> {
     /// The next bytes of the current column.
-    Page(Bytes),
+    Page(Part<'a>),
     /// The current column is complete; its checksum is the caller's to fill in.
     ColumnEnd(ColumnRecord),
 }
@@ -267,17 +268,17 @@ pub struct ChunkEncoder<'a> {
     leaf: usize,
     place: Place,
     /// What a plain page has so far.
-    page: Page,
+    page: Page<'a>,
     /// What a plain column has so far.
     column: ColumnRecord,
 }
 
-impl ChunkEncoder<'_> {
+impl<'a> ChunkEncoder<'a> {
     /// Encodes about one page more. `None`: the chunk is complete.
     ///
     /// # Errors
     /// When a value does not fit its declared type (a null in a non-nullable field).
-    pub fn step(&mut self) -> Result<Option<Vec<Piece>>> {
+    pub fn step(&mut self) -> Result<Option<Vec<Piece<'a>>>> {
         let layout = Arc::clone(&self.layout);
         match layout.plans.get(self.field) {
             None => Ok(None),
@@ -287,7 +288,7 @@ impl ChunkEncoder<'_> {
     }
 
     /// Fills a page from as many batches as it takes.
-    fn step_plain(&mut self, leaves: &[Leaf]) -> Result<Vec<Piece>> {
+    fn step_plain(&mut self, leaves: &[Leaf]) -> Result<Vec<Piece<'a>>> {
         let mut pieces = Vec::new();
         let Some(leaf) = leaves.get(self.leaf) else {
             self.skip_writers(leaves.len());
@@ -311,12 +312,10 @@ impl ChunkEncoder<'_> {
         let over = self.place.batch >= self.batches.len();
         // A column without rows has no page.
         if !self.page.is_empty() {
-            let mut page = Vec::new();
-            let (bytes, values) = self.page.finish(leaf, &mut page)?;
+            let (bytes, values) = self.page.finish(leaf, &mut pieces)?;
             self.column.encoded_bytes += bytes;
             self.column.plain_bytes += bytes;
             self.column.values += values;
-            pieces.extend(page.into_iter().map(Piece::Page));
         }
         if over {
             let encodings = encoding_bit(Encoding::PLAIN) | encoding_bit(Encoding::RLE);
@@ -338,7 +337,7 @@ impl ChunkEncoder<'_> {
         self.place = Place::default();
     }
 
-    fn step_writer(&mut self, leaves: usize) -> Result<Vec<Piece>> {
+    fn step_writer(&mut self, leaves: usize) -> Result<Vec<Piece<'a>>> {
         let mut pieces = Vec::new();
         let Some(field) = self.layout.schema.fields().get(self.field).cloned() else {
             return Ok(pieces);
@@ -379,9 +378,9 @@ fn slice_rows(rows: usize, row: usize, column_bytes: usize) -> usize {
     (rows - row).min((limits::PAGE_BYTES / row_bytes).max(1))
 }
 
-fn drain(queue: &PageQueue, pieces: &mut Vec<Piece>) {
+fn drain(queue: &PageQueue, pieces: &mut Vec<Piece<'_>>) {
     let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
-    pieces.extend(queue.drain(..).map(Piece::Page));
+    pieces.extend(queue.drain(..).map(|bytes| Piece::Page(Part::Made(bytes))));
 }
 
 fn column_record(chunk: &ArrowColumnChunk) -> ColumnRecord {

@@ -1,24 +1,27 @@
 //! Parquet pages straight out of Arrow buffers: plain encoding, nothing compressed, values not copied.
 //!
 //! Guarantees: what comes out is what Parquet's own writer would mean (its reader gives back the same rows; tests
-//! hold that for random nestings); values that lie together in memory come as pieces of that memory; levels are
+//! hold that for random nestings); values that lie together in memory come as parts of that memory; levels are
 //! found as runs, so a list of 130,000 points costs two of them; what a step makes anew is about a page. A page ends on a row boundary.
 //! Does not know: columns with another encoding or a codec; those go through Parquet's writer.
 //!
 //! Formats: parquet-format, Encodings.md ("PLAIN = 0") and parquet.thrift (`PageHeader`, compact protocol).
 
+use super::encode::Piece;
 use super::levels::{Levels, varint};
 use crate::error::{Result, StorageError};
-use arrow::array::{Array, ArrayRef, ArrowPrimitiveType, AsArray, BooleanBufferBuilder, OffsetSizeTrait, layout};
-use arrow::buffer::{BooleanBuffer, Buffer, NullBuffer, OffsetBuffer};
+use arrow::array::{
+    Array, ArrowPrimitiveType, AsArray, BooleanBufferBuilder, OffsetSizeTrait, downcast_primitive, layout,
+};
+use arrow::buffer::{BooleanBuffer, NullBuffer, OffsetBuffer};
 use arrow::datatypes::{DataType, Field, Int8Type, Int16Type, UInt8Type, UInt16Type};
 use bytes::Bytes;
 use parquet::basic::Type as Physical;
 use parquet::schema::types::ColumnDescriptor;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
-/// Values from this size on are pieces of their own; smaller ones are copied together.
-const OWN_PIECE_BYTES: usize = 4096;
+/// Values from this size on are parts of their own; smaller ones are copied together.
+const OWN_PART_BYTES: usize = 4096;
 
 /// The way from a field down to one of its leaves.
 #[derive(Debug, Clone)]
@@ -159,27 +162,28 @@ fn collect(field: &Field, steps: &mut Vec<Step>, leaves: &mut Vec<Leaf>) -> Opti
     Some(())
 }
 
-/// A column of one batch on its way down to a leaf.
-pub(super) struct Column<'a> {
-    leaf: &'a Leaf,
-    nodes: Vec<Node>,
-    nulls: Option<NullBuffer>,
-    values: Values,
+/// A column of one batch on its way down to a leaf. Borrowed all along: what is only looked at is not counted.
+pub(super) struct Column<'l, 'a> {
+    leaf: &'l Leaf,
+    nodes: Vec<Node<'a>>,
+    nulls: Option<&'a NullBuffer>,
+    values: Values<'a>,
 }
 
-enum Node {
-    Struct { nullable: bool, nulls: Option<NullBuffer> },
-    List { nullable: bool, nulls: Option<NullBuffer>, offsets: Offsets },
+enum Node<'a> {
+    Struct { nullable: bool, nulls: Option<&'a NullBuffer> },
+    List { nullable: bool, nulls: Option<&'a NullBuffer>, offsets: Offsets<'a> },
 }
 
-enum Offsets {
-    Small(OffsetBuffer<i32>),
-    Large(OffsetBuffer<i64>),
+#[derive(Clone, Copy)]
+enum Offsets<'a> {
+    Small(&'a OffsetBuffer<i32>),
+    Large(&'a OffsetBuffer<i64>),
     /// Lists of one size.
     Fixed(usize),
 }
 
-impl Offsets {
+impl Offsets<'_> {
     /// How many values lie between them; those of one size have none.
     fn values(&self) -> usize {
         match self {
@@ -202,61 +206,57 @@ fn range<O: OffsetSizeTrait>(offsets: &OffsetBuffer<O>, index: usize) -> Range<u
     offsets[index].as_usize()..offsets[index + 1].as_usize()
 }
 
-enum Values {
-    Bits(BooleanBuffer),
-    Fixed { bytes: Buffer, width: usize },
-    Narrow { array: ArrayRef, narrow: Narrow },
-    Bytes { offsets: Offsets, bytes: Buffer },
+enum Values<'a> {
+    Bits(&'a BooleanBuffer),
+    Fixed { bytes: &'a [u8], width: usize },
+    Narrow { array: &'a dyn Array, narrow: Narrow },
+    Bytes { offsets: Offsets<'a>, bytes: &'a [u8] },
 }
 
 /// Nulls that are there; a buffer without any is none.
-fn nulls(array: &ArrayRef) -> Option<NullBuffer> {
-    array.nulls().filter(|nulls| nulls.null_count() > 0).cloned()
+fn nulls(array: &dyn Array) -> Option<&NullBuffer> {
+    array.nulls().filter(|nulls| nulls.null_count() > 0)
 }
 
-impl<'a> Column<'a> {
+impl<'l, 'a> Column<'l, 'a> {
     /// Resolves a leaf in a column of the type it was made for.
-    pub(super) fn new(leaf: &'a Leaf, column: &ArrayRef) -> Result<Self> {
+    pub(super) fn new(leaf: &'l Leaf, column: &'a dyn Array) -> Result<Self> {
         let mut nodes = Vec::with_capacity(leaf.steps.len());
-        let mut array = column.clone();
+        let mut array = column;
         for step in &leaf.steps {
             array = match step {
                 Step::Struct { nullable, child } => {
-                    nodes.push(Node::Struct { nullable: *nullable, nulls: nulls(&array) });
-                    match array.data_type() {
-                        DataType::Struct(_) => array.as_struct().columns().get(*child).cloned(),
-                        _ => None,
-                    }
-                    .ok_or_else(|| unexpected(&array))?
+                    nodes.push(Node::Struct { nullable: *nullable, nulls: nulls(array) });
+                    let child = array.as_struct_opt().and_then(|parent| parent.columns().get(*child));
+                    child.ok_or_else(|| unexpected(array))?.as_ref()
                 }
                 Step::List { nullable } => {
-                    let (offsets, values): (_, ArrayRef) = match array.data_type() {
+                    let (offsets, values): (_, &dyn Array) = match array.data_type() {
                         DataType::List(_) => {
                             let list = array.as_list::<i32>();
-                            (Offsets::Small(list.offsets().clone()), list.values().clone())
+                            (Offsets::Small(list.offsets()), list.values())
                         }
                         DataType::LargeList(_) => {
                             let list = array.as_list::<i64>();
-                            (Offsets::Large(list.offsets().clone()), list.values().clone())
+                            (Offsets::Large(list.offsets()), list.values())
                         }
                         DataType::FixedSizeList(_, size) => {
-                            let size = usize::try_from(*size).map_err(|_| unexpected(&array))?;
-                            (Offsets::Fixed(size), array.as_fixed_size_list().values().clone())
+                            let size = usize::try_from(*size).map_err(|_| unexpected(array))?;
+                            (Offsets::Fixed(size), array.as_fixed_size_list().values())
                         }
                         DataType::Map(_, _) => {
                             let map = array.as_map();
-                            let entries: ArrayRef = std::sync::Arc::new(map.entries().clone());
-                            (Offsets::Small(map.offsets().clone()), entries)
+                            (Offsets::Small(map.offsets()), map.entries())
                         }
-                        _ => return Err(unexpected(&array)),
+                        _ => return Err(unexpected(array)),
                     };
-                    nodes.push(Node::List { nullable: *nullable, nulls: nulls(&array), offsets });
+                    nodes.push(Node::List { nullable: *nullable, nulls: nulls(array), offsets });
                     values
                 }
             };
         }
-        let values = values(leaf.kind, &array)?;
-        Ok(Self { leaf, nodes, nulls: nulls(&array), values })
+        let values = values(leaf.kind, array)?;
+        Ok(Self { leaf, nodes, nulls: nulls(array), values })
     }
 
     /// Bytes of its values in a page, those behind nulls and outside of its rows included.
@@ -271,15 +271,15 @@ impl<'a> Column<'a> {
     }
 
     /// Adds rows to a page.
-    pub(super) fn add(&self, rows: Range<usize>, page: &mut Page) -> Result<()> {
+    pub(super) fn add(&self, rows: Range<usize>, page: &mut Page<'a>) -> Result<()> {
         let place = Place { def: 0, first_rep: 0, depth: 0 };
         self.walk(&self.nodes, rows, place, page)
     }
 
-    fn walk(&self, nodes: &[Node], slots: Range<usize>, place: Place, page: &mut Page) -> Result<()> {
+    fn walk(&self, nodes: &[Node<'a>], slots: Range<usize>, place: Place, page: &mut Page<'a>) -> Result<()> {
         let Some((node, below)) = nodes.split_first() else {
             let deeper = place.deeper(usize::from(self.leaf.nullable));
-            return in_runs(self.nulls.as_ref(), self.leaf.nullable, slots, place, |slots, valid, place| {
+            return in_runs(self.nulls, self.leaf.nullable, slots, place, |slots, valid, place| {
                 let at = if valid { deeper.def } else { place.def };
                 page.levels(self.leaf, at, place, slots.len());
                 if valid {
@@ -289,18 +289,16 @@ impl<'a> Column<'a> {
             });
         };
         match node {
-            Node::Struct { nullable, nulls } => {
-                in_runs(nulls.as_ref(), *nullable, slots, place, |slots, valid, place| {
-                    if valid {
-                        self.walk(below, slots, place.deeper(usize::from(*nullable)), page)
-                    } else {
-                        page.levels(self.leaf, place.def, place, slots.len());
-                        Ok(())
-                    }
-                })
-            }
+            Node::Struct { nullable, nulls } => in_runs(*nulls, *nullable, slots, place, |slots, valid, place| {
+                if valid {
+                    self.walk(below, slots, place.deeper(usize::from(*nullable)), page)
+                } else {
+                    page.levels(self.leaf, place.def, place, slots.len());
+                    Ok(())
+                }
+            }),
             Node::List { nullable, nulls, offsets } => {
-                in_runs(nulls.as_ref(), *nullable, slots, place, |slots, valid, place| {
+                in_runs(*nulls, *nullable, slots, place, |slots, valid, place| {
                     if !valid {
                         page.levels(self.leaf, place.def, place, slots.len());
                         return Ok(());
@@ -375,45 +373,55 @@ fn in_runs(
     Ok(())
 }
 
-fn unexpected(array: &ArrayRef) -> StorageError {
+fn unexpected(array: &dyn Array) -> StorageError {
     let text = format!("a column of {} where the schema has another type", array.data_type());
     StorageError::Format { op: "encode", text }
 }
 
-fn values(kind: Kind, array: &ArrayRef) -> Result<Values> {
-    let bytes = |offsets, bytes: &Buffer| Ok(Values::Bytes { offsets, bytes: bytes.clone() });
+fn values(kind: Kind, array: &dyn Array) -> Result<Values<'_>> {
     match (kind, array.data_type()) {
-        (Kind::Bits, DataType::Boolean) => Ok(Values::Bits(array.as_boolean().values().clone())),
+        (Kind::Bits, DataType::Boolean) => Ok(Values::Bits(array.as_boolean().values())),
         (Kind::Fixed(width), _) => {
-            let data = array.to_data();
-            let bytes = data.buffers().first().ok_or_else(|| unexpected(array))?;
-            Ok(Values::Fixed { bytes: bytes.slice_with_length(data.offset() * width, data.len() * width), width })
+            let bytes = fixed(array).filter(|bytes| bytes.len() == array.len() * width);
+            Ok(Values::Fixed { bytes: bytes.ok_or_else(|| unexpected(array))?, width })
         }
-        (Kind::Narrow(narrow), found) if *found == narrow.data_type() => {
-            Ok(Values::Narrow { array: array.clone(), narrow })
-        }
+        (Kind::Narrow(narrow), found) if *found == narrow.data_type() => Ok(Values::Narrow { array, narrow }),
         (Kind::Bytes, DataType::Utf8) => {
             let array = array.as_string::<i32>();
-            bytes(Offsets::Small(array.offsets().clone()), array.values())
+            Ok(Values::Bytes { offsets: Offsets::Small(array.offsets()), bytes: array.values() })
         }
         (Kind::Bytes, DataType::Binary) => {
             let array = array.as_binary::<i32>();
-            bytes(Offsets::Small(array.offsets().clone()), array.values())
+            Ok(Values::Bytes { offsets: Offsets::Small(array.offsets()), bytes: array.values() })
         }
         (Kind::LargeBytes, DataType::LargeUtf8) => {
             let array = array.as_string::<i64>();
-            bytes(Offsets::Large(array.offsets().clone()), array.values())
+            Ok(Values::Bytes { offsets: Offsets::Large(array.offsets()), bytes: array.values() })
         }
         (Kind::LargeBytes, DataType::LargeBinary) => {
             let array = array.as_binary::<i64>();
-            bytes(Offsets::Large(array.offsets().clone()), array.values())
+            Ok(Values::Bytes { offsets: Offsets::Large(array.offsets()), bytes: array.values() })
         }
         _ => Err(unexpected(array)),
     }
 }
 
+/// The values of an array whose values have one size, as they lie in memory.
+fn fixed(array: &dyn Array) -> Option<&[u8]> {
+    macro_rules! primitive {
+        ($values:ty) => {
+            Some(array.as_primitive::<$values>().values().inner().as_slice())
+        };
+    }
+    downcast_primitive! {
+        array.data_type() => (primitive),
+        DataType::FixedSizeBinary(_) => Some(array.as_fixed_size_binary().values().as_slice()),
+        _ => None,
+    }
+}
+
 /// Appends values as four bytes each.
-fn widen<T: ArrowPrimitiveType<Native: Into<i32>>>(array: &ArrayRef, slots: Range<usize>, out: &mut Vec<u8>) {
+fn widen<T: ArrowPrimitiveType<Native: Into<i32>>>(array: &dyn Array, slots: Range<usize>, out: &mut Vec<u8>) {
     let values = array.as_primitive::<T>().values();
     out.extend(values.get(slots).unwrap_or(&[]).iter().flat_map(|value| {
         let wide: i32 = (*value).into();
@@ -421,29 +429,40 @@ fn widen<T: ArrowPrimitiveType<Native: Into<i32>>>(array: &ArrayRef, slots: Rang
     }));
 }
 
+/// Bytes of a page.
+#[derive(Debug)]
+pub enum Part<'a> {
+    /// Made for it.
+    Made(Bytes),
+    /// As they lie in a batch.
+    There(&'a [u8]),
+}
+
+impl Deref for Part<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Made(bytes) => bytes,
+            Self::There(bytes) => bytes,
+        }
+    }
+}
+
 /// A page while it is filled.
 #[derive(Debug, Default)]
-pub(super) struct Page {
+pub(super) struct Page<'a> {
     defs: Levels,
     reps: Levels,
     slots: usize,
     bits: Option<BooleanBufferBuilder>,
-    pieces: Vec<Bytes>,
-    /// Small values, behind the last piece.
+    parts: Vec<Part<'a>>,
+    /// Small values, behind the last part.
     open: Vec<u8>,
     value_bytes: usize,
 }
 
-/// Memory of an Arrow buffer as bytes.
-struct Memory(Buffer);
-
-impl AsRef<[u8]> for Memory {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl Page {
+impl<'a> Page<'a> {
     /// About what it will take in the file, in bytes.
     pub(super) fn weight(&self) -> usize {
         self.value_bytes + self.defs.len() + self.reps.len()
@@ -465,21 +484,21 @@ impl Page {
         self.slots += count;
     }
 
-    fn values(&mut self, values: &Values, slots: Range<usize>) {
+    fn values(&mut self, values: &Values<'a>, slots: Range<usize>) {
         match values {
             Values::Bits(bits) => {
                 let builder = self.bits.get_or_insert_with(|| BooleanBufferBuilder::new(1024));
                 builder.append_packed_range(bits.offset() + slots.start..bits.offset() + slots.end, bits.values());
                 self.value_bytes = builder.len() / 8;
             }
-            Values::Fixed { bytes, width } => self.piece(bytes, slots.start * width..slots.end * width),
+            Values::Fixed { bytes, width } => self.part(bytes, slots.start * width..slots.end * width),
             Values::Narrow { array, narrow } => {
                 self.value_bytes += 4 * slots.len();
                 match narrow {
-                    Narrow::Int8 => widen::<Int8Type>(array, slots, &mut self.open),
-                    Narrow::Int16 => widen::<Int16Type>(array, slots, &mut self.open),
-                    Narrow::UInt8 => widen::<UInt8Type>(array, slots, &mut self.open),
-                    Narrow::UInt16 => widen::<UInt16Type>(array, slots, &mut self.open),
+                    Narrow::Int8 => widen::<Int8Type>(*array, slots, &mut self.open),
+                    Narrow::Int16 => widen::<Int16Type>(*array, slots, &mut self.open),
+                    Narrow::UInt8 => widen::<UInt8Type>(*array, slots, &mut self.open),
+                    Narrow::UInt16 => widen::<UInt16Type>(*array, slots, &mut self.open),
                 }
             }
             Values::Bytes { offsets, bytes } => {
@@ -487,30 +506,30 @@ impl Page {
                     let range = offsets.range(slot);
                     self.open.extend_from_slice(&(range.len() as u32).to_le_bytes());
                     self.value_bytes += 4;
-                    self.piece(bytes, range);
+                    self.part(bytes, range);
                 }
             }
         }
     }
 
-    fn piece(&mut self, bytes: &Buffer, range: Range<usize>) {
+    fn part(&mut self, bytes: &'a [u8], range: Range<usize>) {
         self.value_bytes += range.len();
-        if range.len() < OWN_PIECE_BYTES {
+        if range.len() < OWN_PART_BYTES {
             self.open.extend_from_slice(&bytes[range]);
             return;
         }
         self.close_open();
-        self.pieces.push(Bytes::from_owner(Memory(bytes.slice_with_length(range.start, range.len()))));
+        self.parts.push(Part::There(&bytes[range]));
     }
 
     fn close_open(&mut self) {
         if !self.open.is_empty() {
-            self.pieces.push(Bytes::from(std::mem::take(&mut self.open)));
+            self.parts.push(Part::Made(std::mem::take(&mut self.open).into()));
         }
     }
 
-    /// The page in pieces, header first; also its bytes and its values, nulls included. It is empty afterwards.
-    pub(super) fn finish(&mut self, leaf: &Leaf, out: &mut Vec<Bytes>) -> Result<(u64, u64)> {
+    /// The page in parts, header first; also its bytes and its values, nulls included. It is empty afterwards.
+    pub(super) fn finish(&mut self, leaf: &Leaf, out: &mut Vec<Piece<'a>>) -> Result<(u64, u64)> {
         let mut levels = Vec::new();
         if leaf.max_rep > 0 {
             self.reps.finish(leaf.max_rep, &mut levels);
@@ -522,12 +541,12 @@ impl Page {
             self.open.extend_from_slice(bits.finish().values());
         }
         self.close_open();
-        let body = levels.len() + self.pieces.iter().map(Bytes::len).sum::<usize>();
+        let body = levels.len() + self.parts.iter().map(|part| part.len()).sum::<usize>();
         let mut header = header(body, self.slots)?;
         let bytes = (header.len() + body) as u64;
         header.append(&mut levels);
-        out.push(Bytes::from(header));
-        out.append(&mut self.pieces);
+        out.push(Piece::Page(Part::Made(header.into())));
+        out.extend(self.parts.drain(..).map(Piece::Page));
         let slots = self.slots as u64;
         *self = Self::default();
         Ok((bytes, slots))
