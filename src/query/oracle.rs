@@ -598,8 +598,9 @@ fn engine_rows(
     let batches = [batch.clone()];
     let mut chunk = encoder.begin(&batches).expect("begins");
     let (mut bytes, mut columns) = (Vec::new(), Vec::new());
-    while let Some(pieces) = chunk.step().expect("encodes") {
-        for piece in pieces {
+    let mut pieces = Vec::new();
+    while chunk.step(&mut pieces).expect("encodes") {
+        for piece in pieces.drain(..) {
             match piece {
                 Piece::Page(page) => bytes.extend_from_slice(&page),
                 Piece::ColumnEnd(column) => columns.push(column),

@@ -254,7 +254,7 @@ struct Place {
     row: usize,
 }
 
-/// One chunk on its way to pages. Call [`Self::step`] until it returns `None`.
+/// One chunk on its way to pages. Call [`Self::step`] until it says that there is no more.
 #[derive(Debug)]
 pub struct ChunkEncoder<'a> {
     batches: &'a [RecordBatch],
@@ -274,26 +274,26 @@ pub struct ChunkEncoder<'a> {
 }
 
 impl<'a> ChunkEncoder<'a> {
-    /// Encodes about one page more. `None`: the chunk is complete.
+    /// Encodes about one page more and adds it to `pieces`; `false`: the chunk was complete.
     ///
     /// # Errors
     /// When a value does not fit its declared type (a null in a non-nullable field).
-    pub fn step(&mut self) -> Result<Option<Vec<Piece<'a>>>> {
+    pub fn step(&mut self, pieces: &mut Vec<Piece<'a>>) -> Result<bool> {
         let layout = Arc::clone(&self.layout);
         match layout.plans.get(self.field) {
-            None => Ok(None),
-            Some(Plan::Plain(leaves)) => self.step_plain(leaves).map(Some),
-            Some(Plan::Writer(leaves)) => self.step_writer(*leaves).map(Some),
+            None => return Ok(false),
+            Some(Plan::Plain(leaves)) => self.step_plain(leaves, pieces)?,
+            Some(Plan::Writer(leaves)) => self.step_writer(*leaves, pieces)?,
         }
+        Ok(true)
     }
 
     /// Fills a page from as many batches as it takes.
-    fn step_plain(&mut self, leaves: &[Leaf]) -> Result<Vec<Piece<'a>>> {
-        let mut pieces = Vec::new();
+    fn step_plain(&mut self, leaves: &[Leaf], pieces: &mut Vec<Piece<'a>>) -> Result<()> {
         let Some(leaf) = leaves.get(self.leaf) else {
             self.skip_writers(leaves.len());
             self.next_field();
-            return Ok(pieces);
+            return Ok(());
         };
         while let Some(batch) = self.batches.get(self.place.batch)
             && self.page.weight() < limits::PAGE_BYTES
@@ -312,7 +312,7 @@ impl<'a> ChunkEncoder<'a> {
         let over = self.place.batch >= self.batches.len();
         // A column without rows has no page.
         if !self.page.is_empty() {
-            let (bytes, values) = self.page.finish(leaf, &mut pieces)?;
+            let (bytes, values) = self.page.finish(leaf, pieces)?;
             self.column.encoded_bytes += bytes;
             self.column.plain_bytes += bytes;
             self.column.values += values;
@@ -323,7 +323,7 @@ impl<'a> ChunkEncoder<'a> {
             self.leaf += 1;
             self.place = Place::default();
         }
-        Ok(pieces)
+        Ok(())
     }
 
     /// Writers are made for all columns or for none: those of plain fields are not used.
@@ -337,10 +337,9 @@ impl<'a> ChunkEncoder<'a> {
         self.place = Place::default();
     }
 
-    fn step_writer(&mut self, leaves: usize) -> Result<Vec<Piece<'a>>> {
-        let mut pieces = Vec::new();
+    fn step_writer(&mut self, leaves: usize, pieces: &mut Vec<Piece<'a>>) -> Result<()> {
         let Some(field) = self.layout.schema.fields().get(self.field).cloned() else {
-            return Ok(pieces);
+            return Ok(());
         };
         if self.current.is_empty() {
             self.current = self.waiting.drain(..leaves.min(self.waiting.len())).collect();
@@ -357,18 +356,18 @@ impl<'a> ChunkEncoder<'a> {
                 self.place = Place { batch: self.place.batch + 1, row: 0 };
             }
             if let Some((_, queue)) = self.current.first() {
-                drain(queue, &mut pieces);
+                drain(queue, pieces);
             }
         }
         if self.place.batch >= self.batches.len() {
             for (writer, queue) in self.current.drain(..) {
                 let chunk = writer.close()?;
-                drain(&queue, &mut pieces);
+                drain(&queue, pieces);
                 pieces.push(Piece::ColumnEnd(column_record(&chunk)));
             }
             self.next_field();
         }
-        Ok(pieces)
+        Ok(())
     }
 }
 
@@ -380,7 +379,7 @@ fn slice_rows(rows: usize, row: usize, column_bytes: usize) -> usize {
 
 fn drain(queue: &PageQueue, pieces: &mut Vec<Piece<'_>>) {
     let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
-    pieces.extend(queue.drain(..).map(|bytes| Piece::Page(Part::Made(bytes))));
+    pieces.extend(queue.drain(..).map(|bytes| Piece::Page(Part::Page(bytes))));
 }
 
 fn column_record(chunk: &ArrowColumnChunk) -> ColumnRecord {

@@ -119,8 +119,9 @@ fn encode_all(stored: &SchemaRef, batches: &[RecordBatch]) -> Result<(TopicEncod
     let mut chunk = encoder.begin(batches)?;
     let mut bytes = Vec::new();
     let mut columns = Vec::new();
-    while let Some(pieces) = chunk.step()? {
-        for piece in pieces {
+    let mut pieces = Vec::new();
+    while chunk.step(&mut pieces)? {
+        for piece in pieces.drain(..) {
             match piece {
                 Piece::Page(page) => bytes.extend_from_slice(&page),
                 Piece::ColumnEnd(column) => columns.push(column),

@@ -22,6 +22,8 @@ use std::ops::{Deref, Range};
 
 /// Values from this size on are parts of their own; smaller ones are copied together.
 const OWN_PART_BYTES: usize = 4096;
+/// A page's header is smaller: seven numbers of five bytes at most, each behind a byte, and three bytes.
+const HEADER_BYTES: usize = 48;
 
 /// The way from a field down to one of its leaves.
 #[derive(Debug, Clone)]
@@ -433,7 +435,9 @@ fn widen<T: ArrowPrimitiveType<Native: Into<i32>>>(array: &dyn Array, slots: Ran
 #[derive(Debug)]
 pub enum Part<'a> {
     /// Made for it.
-    Made(Bytes),
+    Made(Vec<u8>),
+    /// A page by Parquet's writer.
+    Page(Bytes),
     /// As they lie in a batch.
     There(&'a [u8]),
 }
@@ -444,6 +448,7 @@ impl Deref for Part<'_> {
     fn deref(&self) -> &[u8] {
         match self {
             Self::Made(bytes) => bytes,
+            Self::Page(bytes) => bytes,
             Self::There(bytes) => bytes,
         }
     }
@@ -460,6 +465,8 @@ pub(super) struct Page<'a> {
     /// Small values, behind the last part.
     open: Vec<u8>,
     value_bytes: usize,
+    /// Memory for levels, empty between pages.
+    scratch: Vec<u8>,
 }
 
 impl<'a> Page<'a> {
@@ -524,13 +531,13 @@ impl<'a> Page<'a> {
 
     fn close_open(&mut self) {
         if !self.open.is_empty() {
-            self.parts.push(Part::Made(std::mem::take(&mut self.open).into()));
+            self.parts.push(Part::Made(std::mem::take(&mut self.open)));
         }
     }
 
     /// The page in parts, header first; also its bytes and its values, nulls included. It is empty afterwards.
     pub(super) fn finish(&mut self, leaf: &Leaf, out: &mut Vec<Piece<'a>>) -> Result<(u64, u64)> {
-        let mut levels = Vec::new();
+        let mut levels = std::mem::take(&mut self.scratch);
         if leaf.max_rep > 0 {
             self.reps.finish(leaf.max_rep, &mut levels);
         }
@@ -542,19 +549,20 @@ impl<'a> Page<'a> {
         }
         self.close_open();
         let body = levels.len() + self.parts.iter().map(|part| part.len()).sum::<usize>();
-        let mut header = header(body, self.slots)?;
-        let bytes = (header.len() + body) as u64;
-        header.append(&mut levels);
-        out.push(Piece::Page(Part::Made(header.into())));
+        let mut head = Vec::with_capacity(HEADER_BYTES + levels.len());
+        header(body, self.slots, &mut head)?;
+        let bytes = (head.len() + body) as u64;
+        head.append(&mut levels);
+        self.scratch = levels;
+        out.push(Piece::Page(Part::Made(head)));
         out.extend(self.parts.drain(..).map(Piece::Page));
-        let slots = self.slots as u64;
-        *self = Self::default();
-        Ok((bytes, slots))
+        self.value_bytes = 0;
+        Ok((bytes, std::mem::take(&mut self.slots) as u64))
     }
 }
 
 /// `PageHeader` of a version 1 data page, in Thrift's compact protocol: field headers are (delta << 4 | type).
-fn header(body: usize, slots: usize) -> Result<Vec<u8>> {
+fn header(body: usize, slots: usize, out: &mut Vec<u8>) -> Result<()> {
     const I32: u8 = 0x15;
     const STRUCT_TWO_ON: u8 = 0x2C;
     const STOP: u8 = 0;
@@ -563,21 +571,20 @@ fn header(body: usize, slots: usize) -> Result<Vec<u8>> {
     const RLE: i32 = 3;
     let too_large = |_| StorageError::Format { op: "encode", text: "a page of more than 2 GiB".to_owned() };
     let (body, slots) = (i32::try_from(body).map_err(too_large)?, i32::try_from(slots).map_err(too_large)?);
-    let mut out = Vec::with_capacity(32);
     let number = |out: &mut Vec<u8>, value: i32| {
         out.push(I32);
         // Zigzag.
         varint(u64::from(((value << 1) ^ (value >> 31)) as u32), out);
     };
     for value in [DATA_PAGE, body, body] {
-        number(&mut out, value);
+        number(out, value);
     }
     out.push(STRUCT_TWO_ON);
     for value in [slots, PLAIN, RLE, RLE] {
-        number(&mut out, value);
+        number(out, value);
     }
     out.extend([STOP, STOP]);
-    Ok(out)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -33,8 +33,9 @@ pub(super) async fn encode<D: Disk>(
     let mut columns: Vec<ColumnRecord> = Vec::new();
     let mut crc = Running::from(column_crc_seed(segment, 0, 0, start));
     let mut slice = Instant::now();
-    while let Some(pieces) = encoding.step()? {
-        for piece in pieces {
+    let mut pieces = Vec::new();
+    while encoding.step(&mut pieces)? {
+        for piece in pieces.drain(..) {
             match piece {
                 // A page may be one value of 45 MiB: its parts are submitted as they are copied.
                 Piece::Page(bytes) => {
