@@ -44,10 +44,21 @@ impl Budget {
         self.receive.is_waited_for() || self.decode.is_waited_for()
     }
 
-    /// Whether open chunks should close early: somebody waits, or three quarters are held.
-    pub(crate) fn is_short(&self) -> bool {
-        self.receive.is_short() || self.decode.is_short()
+    /// How full it is; the fuller of the two pools that are waited for counts.
+    pub(crate) fn room(&self) -> Room {
+        self.receive.room().min(self.decode.room())
     }
+}
+
+/// How much room there is for what comes, the least first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Room {
+    /// Somebody waits, or seven eighths are held: open chunks should close early.
+    Short,
+    /// More than half is held: more comes than goes out.
+    Filling,
+    /// Less is.
+    Plenty,
 }
 
 /// One pool of bytes.
@@ -245,9 +256,15 @@ impl Pool {
         self.lock().is_waited_for()
     }
 
-    fn is_short(&self) -> bool {
+    fn room(&self) -> Room {
         let state = self.lock();
-        state.is_waited_for() || state.general_free < self.shared.general_bytes / 4
+        if state.is_waited_for() || state.general_free < self.shared.general_bytes / 8 {
+            Room::Short
+        } else if state.general_free < self.shared.general_bytes / 2 {
+            Room::Filling
+        } else {
+            Room::Plenty
+        }
     }
 }
 
@@ -328,7 +345,31 @@ mod tests {
         assert!(stays_pending(pool.claim(5 * MIB)).await);
         drop(held);
         assert_eq!(pool.held(), 0);
-        assert!(!pool.is_short());
+        assert_eq!(pool.room(), Room::Plenty);
+    }
+
+    #[tokio::test]
+    async fn room_is_short_from_seven_eighths_on_or_while_somebody_waits() {
+        let pool = Pool::undivided(80 * MIB);
+        let mut held = pool.claim(40 * MIB).await;
+        assert_eq!(pool.room(), Room::Plenty);
+        held.absorb(pool.claim(1).await);
+        assert_eq!(pool.room(), Room::Filling);
+        held.absorb(pool.claim(30 * MIB - 1).await);
+        assert_eq!(pool.room(), Room::Filling);
+        held.absorb(pool.claim(1).await);
+        assert_eq!(pool.room(), Room::Short);
+        held.shrink_to(MIB);
+        assert_eq!(pool.room(), Room::Plenty);
+        let waiting = tokio::spawn({
+            let pool = pool.clone();
+            async move { pool.claim(80 * MIB).await }
+        });
+        while !pool.is_waited_for() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(pool.room(), Room::Short);
+        waiting.abort();
     }
 
     #[tokio::test]
