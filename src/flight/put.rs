@@ -12,7 +12,7 @@ use crate::flight::service::Shared;
 use crate::flight::status::{disk_is_full, invalid, of_storage};
 use crate::flight::upload::{Monitor, StreamFacts, UploadEnd};
 use crate::health::Space;
-use crate::ingest::admit::Permit;
+use crate::ingest::admit::{Permit, Room};
 use crate::ingest::committer::{End, Watermark};
 use crate::ingest::topic::Batch;
 use crate::ingest::writer::Message;
@@ -257,9 +257,11 @@ impl Ingest {
                         overlap.check(&self.shared.lifecycle.loader, number, batch.mark).await?;
                         continue;
                     }
-                    let small = batch.data_bytes < limits::SMALL_BATCH_BYTES;
+                    // While memory fills up the writer has more than it can take: it need not be woken for more.
+                    let has_time =
+                        batch.data_bytes < limits::SMALL_BATCH_BYTES || self.shared.budget.room() != Room::Plenty;
                     let message = Message::Batch { topic: upload.topic.no, batch: Box::new(batch) };
-                    let sent = if small { lane.send_soon(message).await } else { lane.send(message).await };
+                    let sent = if has_time { lane.send_soon(message).await } else { lane.send(message).await };
                     sent.map_err(|_| Status::unavailable("the server is shutting down"))?;
                 }
             }
