@@ -18,6 +18,9 @@ pub(crate) const TOUCH_BLOCK_BYTES: usize = (2 << 20) - (4 << 10);
 /// Measured: an IMU row of 220 data bytes and 50 nodes is 8.6 KB on the heap.
 pub(crate) const NODE_OVERHEAD_BYTES: u64 = 256;
 
+/// Nodes of the arrays that a stream keeps for columns without values: an IMU has some 40.
+pub(crate) const NULL_NODES_MAX: usize = 128;
+
 /// Items in the lane of one writer. A full lane makes the front wait, which is back-pressure as well;
 /// the memory behind the items is bounded by permits, this bounds only the queue itself.
 pub(crate) const WRITER_LANE_DEPTH: usize = 4096;
@@ -258,6 +261,7 @@ pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
         ("connections", CONNECTION_BYTES * u64::from(config.connections_max)),
         ("requests", REQUESTS_BYTES),
         ("large_requests", request_weight(REQUEST_BYTES_MAX, false)),
+        ("columns_without_values", u64::from(config.streams_max) * NULL_NODES_MAX as u64 * NODE_OVERHEAD_BYTES),
         // A field of many leaves is encoded beside itself; a page may be one whole value.
         ("encode", writers * (config.chunk_bytes + config.message_bytes_max)),
         ("ring_buffers", buffers * storage::limits::RING_BUFFER_BYTES as u64),

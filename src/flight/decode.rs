@@ -5,6 +5,7 @@
 //! claimed before it is allocated. No copy of the body where alignment allows. Plain columns are put together by
 //! [`columns`], all others by arrow-ipc.
 
+use crate::flight::absent::Absent;
 use crate::flight::columns;
 use crate::flight::status::invalid;
 use crate::ingest::admit::{Budget, Permit};
@@ -25,6 +26,7 @@ pub(crate) struct Decoder {
     alignment: usize,
     /// Whether [`columns`] reads all of its types: no dictionaries and no views.
     is_plain: bool,
+    absent: Absent,
     dictionaries: HashMap<i64, ArrayRef>,
     /// What the dictionaries hold; several for one that grows by deltas.
     dictionary_permits: HashMap<i64, Vec<Permit>>,
@@ -48,6 +50,7 @@ impl Decoder {
             is_plain: columns::knows(&schema),
             schema,
             alignment,
+            absent: Absent::default(),
             dictionaries: HashMap::new(),
             dictionary_permits: HashMap::new(),
             batch_memory_max,
@@ -81,7 +84,7 @@ impl Decoder {
                 let is_compressed = batch.compression().is_some();
                 let is_aligned = is_compressed || all_aligned(self.alignment, &batch, &body);
                 if self.is_plain && is_aligned && !is_compressed {
-                    let rows = guarded(|| columns::read(&self.schema, &batch, &body))?;
+                    let rows = guarded(|| columns::read(&self.schema, &batch, &body, &mut self.absent))?;
                     return Ok(Decoded::Batch(rows, None, permit));
                 }
                 if !is_aligned {

@@ -2,9 +2,10 @@
 //!
 //! [`server`] listens, [`http2`] has the connections, [`places`] says how many, [`window`] what senders may send;
 //! [`request`] and [`upload`] frame and admit, [`assemble`] puts messages together, [`hollow`] says what of them can be
-//! left out, [`service`] has the RPCs a line each; [`put`], [`get`], [`list`] and [`actions`] do them; [`dialect`] knows which client
+//! left out, [`decode`] makes batches of them, by [`columns`] and [`absent`] where it can, [`service`] has the RPCs a line each; [`put`], [`get`], [`list`] and [`actions`] do them; [`dialect`] knows which client
 //! speaks; [`status`] turns errors into codes. Never sees a ring.
 
+mod absent;
 pub(crate) mod actions;
 pub(crate) mod assemble;
 pub(crate) mod client;

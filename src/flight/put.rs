@@ -257,9 +257,12 @@ impl Ingest {
                         overlap.check(&self.shared.lifecycle.loader, number, batch.mark).await?;
                         continue;
                     }
-                    // While memory fills up the writer has more than it can take: it need not be woken for more.
-                    let has_time =
-                        batch.data_bytes < limits::SMALL_BATCH_BYTES || self.shared.budget.room() != Room::Plenty;
+                    // While memory fills up the writer has more than it can take: only large frames are worth a wake-up.
+                    let small_bytes = match self.shared.budget.room() {
+                        Room::Plenty => limits::SMALL_BATCH_BYTES,
+                        Room::Filling | Room::Short => limits::SMALL_MESSAGE_BYTES,
+                    };
+                    let has_time = batch.data_bytes < small_bytes;
                     let message = Message::Batch { topic: upload.topic.no, batch: Box::new(batch) };
                     let sent = if has_time { lane.send_soon(message).await } else { lane.send(message).await };
                     sent.map_err(|_| Status::unavailable("the server is shutting down"))?;

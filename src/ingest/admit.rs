@@ -53,7 +53,7 @@ impl Budget {
 /// How much room there is for what comes, the least first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Room {
-    /// Somebody waits, or seven eighths are held: open chunks should close early.
+    /// Somebody waits, or three quarters are held: open chunks should close early.
     Short,
     /// More than half is held: more comes than goes out.
     Filling,
@@ -258,7 +258,7 @@ impl Pool {
 
     fn room(&self) -> Room {
         let state = self.lock();
-        if state.is_waited_for() || state.general_free < self.shared.general_bytes / 8 {
+        if state.is_waited_for() || state.general_free < self.shared.general_bytes / 4 {
             Room::Short
         } else if state.general_free < self.shared.general_bytes / 2 {
             Room::Filling
@@ -349,13 +349,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn room_is_short_from_seven_eighths_on_or_while_somebody_waits() {
+    async fn room_is_short_from_three_quarters_on_or_while_somebody_waits() {
         let pool = Pool::undivided(80 * MIB);
         let mut held = pool.claim(40 * MIB).await;
         assert_eq!(pool.room(), Room::Plenty);
         held.absorb(pool.claim(1).await);
         assert_eq!(pool.room(), Room::Filling);
-        held.absorb(pool.claim(30 * MIB - 1).await);
+        held.absorb(pool.claim(20 * MIB - 1).await);
         assert_eq!(pool.room(), Room::Filling);
         held.absorb(pool.claim(1).await);
         assert_eq!(pool.room(), Room::Short);

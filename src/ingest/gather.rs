@@ -32,22 +32,6 @@ impl ChunkRule {
     /// A smaller chunk costs more than its rows gain.
     const EARLY_BYTES_MIN: u64 = 8 << 20;
 
-    /// Whether a chunk that is to close waits for more while memory fills up. It is late already, because more comes
-    /// than goes out; the larger it gets, the less of it is work for a chunk, and the more goes out. Memory that is
-    /// short ends that, and so does its age. What came slowly is not late: its few rows must not wait for others.
-    pub(crate) fn lets_grow(&self, why: Why, chunk: &OpenChunk) -> bool {
-        matches!(why, Why::Time | Why::Crowd)
-            && chunk.data_bytes < Self::GROWN_BYTES
-            && CROWD_FLOOR_BYTES <= chunk.unsafe_bytes
-            && chunk.oldest_unsafe.is_some_and(|age| age < self.commit_interval * Self::GROWS_INTERVALS)
-    }
-
-    /// Beyond this there is little to gain: the work for a chunk is that for half a megabyte of columns (PERF.md).
-    const GROWN_BYTES: u64 = 4 << 20;
-
-    /// So late nothing is on purpose: as if a gigabyte of memory were full and the disk took one a second.
-    const GROWS_INTERVALS: u32 = 20;
-
     /// How much earlier than its time a chunk closes at most, however slow the disk is: chunks must not shrink because
     /// it lags behind.
     fn lead_max(&self) -> Duration {
@@ -451,38 +435,6 @@ mod tests {
     fn what_is_safe_waits_for_its_age() {
         check(Format::Default, 100, 10_000, None, false, Verdict::Wait);
         check(Format::Default, 100, 60_000, None, false, Verdict::Close(Why::Age));
-    }
-
-    #[test]
-    fn what_is_late_grows_while_memory_fills_until_it_is_large_or_old() {
-        use Why::{Age, Bytes, Crowd, Ease, Pressure, Time};
-        const FEW: u64 = (128 << 10) - 1;
-        for (why, mib, unsafe_bytes, age, grows) in [
-            (Time, 1, 1 << 20, 50, true),
-            (Crowd, 1, 1 << 20, 50, true),
-            (Crowd, 1, 1 << 20, 999, true),
-            (Crowd, 1, 1 << 20, 1000, false),
-            (Time, 4, 4 << 20, 50, false),
-            // What a slow topic brought lately.
-            (Time, 1, FEW, 50, false),
-            // It is not its time that closes these.
-            (Pressure, 1, 1 << 20, 50, false),
-            (Bytes, 1, 1 << 20, 50, false),
-            (Age, 1, 1 << 20, 50, false),
-            (Ease, 1, 1 << 20, 50, false),
-        ] {
-            let chunk = OpenChunk {
-                data_bytes: mib << 20,
-                oldest: ms(age),
-                oldest_unsafe: Some(ms(age)),
-                flush_takes: ms(5),
-                gives_way: false,
-                unsafe_bytes,
-                tail_takes_it: false,
-                flushing_bytes: BUSY,
-            };
-            assert_eq!(RULE.lets_grow(why, &chunk), grows, "{why:?} {mib} MiB, {unsafe_bytes} unsafe, {age} ms");
-        }
     }
 
     #[test]

@@ -342,24 +342,34 @@ fn leaf_count(data_type: &DataType) -> usize {
 /// The leaf at a dotted path through structs only, with the nulls of its parents. Names may contain
 /// dots themselves: the first field that fits is taken.
 pub fn flat_leaf(batch: &RecordBatch, path: &str) -> Option<ArrayRef> {
-    let schema = batch.schema_ref();
-    let (index, rest) = schema.fields().iter().enumerate().find_map(|(index, field)| {
-        let rest = step_into(field, path)?;
-        Some((index, rest))
-    })?;
-    let mut array = Arc::clone(batch.column(index));
-    let mut rest = rest;
+    leaf_at(batch, &flat_path(batch.schema_ref(), path)?)
+}
+
+/// Where [`flat_leaf`] finds its leaf: the index of a column, then of a field in each struct on the way.
+pub(crate) fn flat_path(schema: &Schema, path: &str) -> Option<Vec<usize>> {
+    let (mut fields, mut rest) = (schema.fields(), Some(path));
+    let mut indices = Vec::new();
     while let Some(path) = rest {
-        let parent = arrow::array::AsArray::as_struct_opt(&array)?.clone();
-        let (index, next) = parent
-            .fields()
-            .iter()
-            .enumerate()
-            .find_map(|(index, field)| step_into(field, path).map(|rest| (index, rest)))?;
-        array = crate::chunk::stats::child_under_nulls(&parent, index);
+        let step = |(index, field)| Some((index, step_into(field, path)?));
+        let (index, next) = fields.iter().map(AsRef::as_ref).enumerate().find_map(step)?;
+        indices.push(index);
+        if next.is_some() {
+            let DataType::Struct(children) = fields.get(index)?.data_type() else { return None };
+            fields = children;
+        }
         rest = next;
     }
-    Some(array)
+    Some(indices)
+}
+
+/// The leaf at such a place, with the nulls of its parents.
+pub(crate) fn leaf_at(batch: &RecordBatch, indices: &[usize]) -> Option<ArrayRef> {
+    let (column, fields) = indices.split_first()?;
+    let column = Arc::clone(batch.columns().get(*column)?);
+    fields.iter().try_fold(column, |array, field| {
+        let parent = arrow::array::AsArray::as_struct_opt(&array)?;
+        (*field < parent.num_columns()).then(|| crate::chunk::stats::child_under_nulls(parent, *field))
+    })
 }
 
 /// What is left of a path behind a field: nothing at its end, `None` if the path leads elsewhere.

@@ -6,7 +6,7 @@
 //! with ten topics and with a thousand. What has nothing open is left alone: a thousand topics are not in the caches. A topic whose end has come is left alone: its last chunk is with its end.
 
 use crate::ingest::admit::Room;
-use crate::ingest::gather::{CROWD_FLOOR_BYTES, OpenChunk, TailRate, Verdict, Why, verdict};
+use crate::ingest::gather::{CROWD_FLOOR_BYTES, TailRate, Verdict, Why, verdict};
 use crate::ingest::topic::Topic;
 use crate::ingest::writer::Writer;
 use crate::limits;
@@ -52,8 +52,7 @@ pub(super) struct Looks<D: Disk> {
     /// Each has [`Topic::is_watched`] set.
     watched: RefCell<Vec<Rc<Topic<D>>>>,
     sizes: RefCell<Sizes<Topic<D>>>,
-    /// Topics whose chunk was to close and found as many flushes under way as there may be, or memory filling up, the
-    /// longest waiting first.
+    /// Topics whose chunk was to close and found as many flushes under way as there may be, the longest waiting first.
     /// Each has [`Topic::is_held_up`] set.
     held_up: RefCell<VecDeque<Rc<Topic<D>>>>,
     /// When all of them were looked at.
@@ -205,8 +204,7 @@ impl<D: Disk> Writer<D> {
             self.looks.looked.set(Some(now));
         }
         let horizon = if is_look { now + interval } else { now };
-        let room = self.context.budget.room();
-        let giving_way = self.giving_way(is_look, room);
+        let giving_way = self.giving_way(is_look);
         let touched = self.looks.touched.take();
         let watched = if is_look { self.looks.watched.take() } else { Vec::new() };
         watched.iter().for_each(|topic| topic.is_watched.set(false));
@@ -222,12 +220,7 @@ impl<D: Disk> Writer<D> {
         };
         let until_look = interval.saturating_sub(now.duration_since(self.looks.looked.get().unwrap_or(now)));
         let (mut packed, mut packed_bytes) = (Vec::new(), 0);
-        let grows = |why, seen: &OpenChunk| room == Room::Filling && self.context.rule.lets_grow(why, seen);
-        // Who waits longest is the first to be too old or too large for that.
-        let rate = tail;
-        let first_grows = |topic: &Topic<D>| grows(Why::Time, &topic.look(now, Default::default(), false, &rate));
-        let goes = |topic: &Topic<D>| waiting_too || self.has_place() && !first_grows(topic);
-        while let Some(topic) = longest_waiting(&mut waiting, goes).or_else(|| topics.next()) {
+        while let Some(topic) = self.longest_waiting(&mut waiting, waiting_too).or_else(|| topics.next()) {
             // A topic may be here more than once: what was taken from it the first time is not there any more.
             if !topic.is_open() {
                 continue;
@@ -239,7 +232,7 @@ impl<D: Disk> Writer<D> {
             match verdict(&self.context.rule, topic.record.format, &seen) {
                 Verdict::Close(why) => {
                     // A full house: the chunk waits for a flush to end, which wakes this loop.
-                    if self.has_place() && !grows(why, &seen) || why == Why::Age {
+                    if self.has_place() || why == Why::Age {
                         if why == Why::Crowd {
                             tail.take(topic.unsafe_bytes());
                         }
@@ -296,6 +289,13 @@ impl<D: Disk> Writer<D> {
         })
     }
 
+    /// The next of those that were held up, if it can be helped or is to be looked at.
+    fn longest_waiting(&self, waiting: &mut VecDeque<Rc<Topic<D>>>, all: bool) -> Option<Rc<Topic<D>>> {
+        let topic = if all || self.has_place() { waiting.pop_front()? } else { return None };
+        topic.is_held_up.set(false);
+        Some(topic)
+    }
+
     /// Whether another flush may begin.
     pub(super) fn has_place(&self) -> bool {
         self.flushes.get() < limits::FLUSHES_IN_FLIGHT_MAX
@@ -308,9 +308,9 @@ impl<D: Disk> Writer<D> {
 
     /// The largest open chunks, to be closed because memory is short: as many as make, with what is
     /// being written already, a quarter of the budget. More would only make smaller row groups.
-    fn giving_way(&self, is_look: bool, room: Room) -> Vec<Rc<Topic<D>>> {
+    fn giving_way(&self, is_look: bool) -> Vec<Rc<Topic<D>>> {
         let mut largest = self.looks.largest.borrow_mut();
-        if room != Room::Short {
+        if self.context.budget.room() != Room::Short {
             largest.clear();
             return Vec::new();
         }
@@ -336,16 +336,6 @@ impl<D: Disk> Writer<D> {
         }
         chosen
     }
-}
-
-/// The next of those that were held up, if it may go or is to be looked at.
-fn longest_waiting<D: Disk>(
-    waiting: &mut VecDeque<Rc<Topic<D>>>,
-    goes: impl Fn(&Topic<D>) -> bool,
-) -> Option<Rc<Topic<D>>> {
-    let topic = waiting.pop_front_if(|topic| goes(topic))?;
-    topic.is_held_up.set(false);
-    Some(topic)
 }
 
 #[cfg(test)]

@@ -8,9 +8,9 @@
 use super::{Bounds, FieldStats};
 use crate::limits::{VALUE_SET_MAX, VALUE_SET_TEXT_BYTES};
 use crate::ontology::Derived;
-use crate::schema::flat_leaf;
+use crate::schema::{flat_path, leaf_at};
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch};
-use arrow::datatypes::{DataType, Float64Type};
+use arrow::datatypes::{DataType, Float64Type, Schema};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -81,23 +81,26 @@ pub(super) struct Gatherer<'a> {
     values: u64,
     nulls: u64,
     nans: u64,
-    state: State<'a>,
+    state: State,
 }
 
+/// Where a leaf lies, if it is there.
+type Place = Option<Vec<usize>>;
+
 #[derive(Debug)]
-enum State<'a> {
+enum State {
     Norm {
-        of: &'a [String; 3],
+        of: [Place; 3],
         bounds: Option<(f64, f64)>,
     },
     Box {
-        latitude: &'a str,
-        longitude: &'a str,
+        latitude: Place,
+        longitude: Place,
         extent: Option<Extent>,
     },
     /// `None`: there were too many.
     Values {
-        path: &'a str,
+        path: Place,
         set: Option<BTreeSet<String>>,
     },
 }
@@ -114,11 +117,14 @@ struct Extent {
 }
 
 impl<'a> Gatherer<'a> {
-    pub(super) fn new(derived: &'a Derived) -> Self {
+    pub(super) fn new(derived: &'a Derived, schema: &Schema) -> Self {
+        let place = |path: &String| flat_path(schema, path);
         let state = match derived {
-            Derived::Norm { of, .. } => State::Norm { of, bounds: None },
-            Derived::Box { latitude, longitude, .. } => State::Box { latitude, longitude, extent: None },
-            Derived::Values { path } => State::Values { path, set: Some(BTreeSet::new()) },
+            Derived::Norm { of, .. } => State::Norm { of: of.each_ref().map(place), bounds: None },
+            Derived::Box { latitude, longitude, .. } => {
+                State::Box { latitude: place(latitude), longitude: place(longitude), extent: None }
+            }
+            Derived::Values { path } => State::Values { path: place(path), set: Some(BTreeSet::new()) },
         };
         Self { derived, values: 0, nulls: 0, nans: 0, state }
     }
@@ -147,7 +153,7 @@ impl<'a> Gatherer<'a> {
                     }
                 }
             }
-            State::Values { path, set } => match flat_leaf(batch, path) {
+            State::Values { path, set } => match path.as_ref().and_then(|path| leaf_at(batch, path)) {
                 Some(texts) => {
                     self.nulls += texts.null_count() as u64;
                     add_values(&texts, set);
@@ -175,8 +181,8 @@ pub(crate) fn point(latitude: Option<f64>, longitude: Option<f64>) -> Option<(f6
 }
 
 /// A numeric leaf as floats, its parents' nulls taken in.
-fn numbers(batch: &RecordBatch, path: &str) -> Option<Float64Array> {
-    let leaf = flat_leaf(batch, path)?;
+fn numbers(batch: &RecordBatch, place: &Place) -> Option<Float64Array> {
+    let leaf = leaf_at(batch, place.as_ref()?)?;
     match leaf.data_type() {
         DataType::Float64 => Some(leaf.as_primitive::<Float64Type>().clone()),
         other if other.is_numeric() => {

@@ -125,7 +125,7 @@ impl<'a> Collector<'a> {
         Self {
             leaves: schema.fields().iter().map(|field| leaf_count(field.data_type(), false)).sum(),
             all: Vec::new(),
-            derived: derived.iter().map(derived::Gatherer::new).collect(),
+            derived: derived.iter().map(|derived| derived::Gatherer::new(derived, schema)).collect(),
         }
     }
 
@@ -306,6 +306,10 @@ fn have_all(nulls: &NullBuffer, others: &NullBuffer) -> bool {
 }
 
 fn leaf_stats(array: &ArrayRef) -> FieldStats {
+    let (values, nulls) = (array.len() as u64, array.logical_null_count() as u64);
+    if values == nulls {
+        return FieldStats { values, nulls, ..NOTHING };
+    }
     let mut nans = 0;
     let bounds = match array.data_type() {
         DataType::Int8 => ints::<Int8Type>(array, 1),
@@ -346,7 +350,7 @@ fn leaf_stats(array: &ArrayRef) -> FieldStats {
         DataType::Utf8View => text(array.as_string_view()),
         _ => Bounds::None,
     };
-    FieldStats { values: array.len() as u64, nulls: array.logical_null_count() as u64, nans, bounds }
+    FieldStats { values, nulls, nans, bounds }
 }
 
 fn ints<T: ArrowPrimitiveType>(array: &ArrayRef, unit: i64) -> Bounds
