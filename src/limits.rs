@@ -26,7 +26,7 @@ pub(crate) const NULL_NODES_MAX: usize = 128;
 pub(crate) const WRITER_LANE_DEPTH: usize = 4096;
 
 /// Batches below this weight wait for the writer's next look instead of waking it: hundreds of slow topics
-/// would wake it thousands of times a second.
+/// would wake it thousands of times a second. While memory fills up, those below [`SMALL_MESSAGE_BYTES`] wait.
 pub(crate) const SMALL_BATCH_BYTES: u64 = 64 << 10;
 
 /// Most bytes of a DoPut descriptor's command: a locator, a key and a number as JSON. It is kept without a permit

@@ -47,13 +47,13 @@ pub(super) fn read(
     schema: &SchemaRef,
     batch: &ipc::RecordBatch<'_>,
     body: &Buffer,
-    absent: &mut Absent,
+    absent: Option<&mut Absent>,
 ) -> Result<RecordBatch, ArrowError> {
     let (nodes, buffers) = (batch.nodes().into_iter().flatten(), batch.buffers().into_iter().flatten());
     let mut parts = Parts { nodes, buffers, at: 0, body, absent };
     let mut columns = Vec::with_capacity(schema.fields().len());
     for field in schema.fields() {
-        columns.push(parts.column(field.data_type())?);
+        columns.push(parts.column(field.data_type(), true)?);
     }
     // Only views have such counts.
     if batch.variadicBufferCounts().is_some_and(|counts| !counts.is_empty()) {
@@ -75,7 +75,8 @@ struct Parts<'a, N, B> {
     /// Nodes that were read.
     at: usize,
     body: &'a Buffer,
-    absent: &'a mut Absent,
+    /// Where columns without a value may be shared.
+    absent: Option<&'a mut Absent>,
 }
 
 /// Length of a column and how many of its values are null.
@@ -150,14 +151,15 @@ where
         Ok(Some(nulls))
     }
 
-    fn column(&mut self, data_type: &DataType) -> Result<ArrayRef, ArrowError> {
+    /// `shares`: it may be shared if it has no value. What lies inside of one that could not be is not asked again.
+    fn column(&mut self, data_type: &DataType, shares: bool) -> Result<ArrayRef, ArrowError> {
         let node = self.node()?;
         let nulls = self.validity(node)?;
-        if node.is_absent()
-            && let Some(array) = self.absent(data_type, node)
-        {
+        let asked = shares && node.is_absent();
+        if asked && let Some(array) = self.absent(data_type, node) {
             return Ok(array);
         }
+        let shares = shares && !asked;
         macro_rules! primitive {
             ($values:ty) => {
                 self.primitive::<$values>(data_type, node, nulls)
@@ -176,7 +178,7 @@ where
             DataType::Struct(fields) => {
                 let mut children = Vec::with_capacity(fields.len());
                 for field in fields {
-                    children.push(self.column(field.data_type())?);
+                    children.push(self.column(field.data_type(), shares)?);
                 }
                 Ok(Arc::new(StructArray::try_new(fields.clone(), children, nulls)?))
             }
@@ -186,11 +188,11 @@ where
             }
             DataType::List(child) | DataType::LargeList(child) | DataType::Map(child, _) => {
                 let offsets = self.buffer()?;
-                let child = self.column(child.data_type())?.to_data();
+                let child = self.column(child.data_type(), shares)?.to_data();
                 general(ArrayData::builder(data_type.clone()).add_buffer(offsets).add_child_data(child), node, nulls)
             }
             DataType::FixedSizeList(child, _) => {
-                let child = self.column(child.data_type())?.to_data();
+                let child = self.column(child.data_type(), shares)?.to_data();
                 general(ArrayData::builder(data_type.clone()).add_child_data(child), node, nulls)
             }
             other => Err(broken(format!("columns of type {other} are not read here"))),
@@ -200,8 +202,9 @@ where
     /// The array that stands for a column without a value; `None`: it is to be read as any other.
     fn absent(&mut self, data_type: &DataType, node: Node) -> Option<ArrayRef> {
         let before = (self.nodes.clone(), self.buffers.clone(), self.at);
-        let passed = self.pass(data_type, node);
-        let array = if passed { self.absent.column(before.2, data_type, node.length) } else { None };
+        let passed = self.absent.is_some() && self.pass(data_type, node);
+        let absent = self.absent.as_deref_mut().filter(|_| passed);
+        let array = absent.and_then(|absent| absent.column(before.2, data_type, node.length));
         if array.is_none() {
             (self.nodes, self.buffers, self.at) = before;
         }
@@ -303,7 +306,7 @@ mod tests {
         let budget = Budget::new(64 << 20);
         let permit = budget.receive.try_claim(body.len() as u64).expect("free");
         let decoder = Decoder::new(Arc::clone(schema), 64 << 20, budget);
-        let mut decoder = if by_arrow { decoder.by_arrow() } else { decoder };
+        let mut decoder = if by_arrow { decoder.by_arrow() } else { decoder.sharing_all() };
         let header = Bytes::copy_from_slice(header);
         match futures::executor::block_on(decoder.decode(&header, body.clone(), body.len(), permit)) {
             Ok(Decoded::Batch(rows, ..)) => Some(rows),
@@ -342,7 +345,7 @@ mod tests {
         let (header, body) = message(&rows);
         let (header, body) = (Bytes::from(header), Buffer::from_vec(body));
         let budget = Budget::new(64 << 20);
-        let mut decoder = Decoder::new(rows.schema(), 64 << 20, budget.clone());
+        let mut decoder = Decoder::new(rows.schema(), 64 << 20, budget.clone()).sharing_all();
         let mut read = || {
             let permit = budget.receive.try_claim(body.len() as u64).expect("free");
             match futures::executor::block_on(decoder.decode(&header, body.clone(), body.len(), permit)) {

@@ -9,6 +9,7 @@ use crate::flight::absent::Absent;
 use crate::flight::columns;
 use crate::flight::status::invalid;
 use crate::ingest::admit::{Budget, Permit};
+use crate::limits;
 use arrow::array::{Array, ArrayRef, AsArray, BufferSpec, RecordBatch, layout};
 use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Schema, SchemaRef};
@@ -27,6 +28,9 @@ pub(crate) struct Decoder {
     /// Whether [`columns`] reads all of its types: no dictionaries and no views.
     is_plain: bool,
     absent: Absent,
+    /// Bodies of so many bytes share their columns without values. Smaller ones are joined with others and weighed for
+    /// that: what shares zeros weighs more than it is.
+    shares_from: usize,
     dictionaries: HashMap<i64, ArrayRef>,
     /// What the dictionaries hold; several for one that grows by deltas.
     dictionary_permits: HashMap<i64, Vec<Permit>>,
@@ -51,6 +55,7 @@ impl Decoder {
             schema,
             alignment,
             absent: Absent::default(),
+            shares_from: limits::COALESCE_PIECE_BYTES,
             dictionaries: HashMap::new(),
             dictionary_permits: HashMap::new(),
             batch_memory_max,
@@ -62,6 +67,12 @@ impl Decoder {
     #[cfg(any(test, feature = "hostile"))]
     pub(crate) fn by_arrow(self) -> Self {
         Self { is_plain: false, ..self }
+    }
+
+    /// The same, small bodies not excepted.
+    #[cfg(any(test, feature = "hostile"))]
+    pub(crate) fn sharing_all(self) -> Self {
+        Self { shares_from: 0, ..self }
     }
 
     /// Checks and decodes one message that is not a schema. The body had `sent` bytes, of
@@ -84,7 +95,8 @@ impl Decoder {
                 let is_compressed = batch.compression().is_some();
                 let is_aligned = is_compressed || all_aligned(self.alignment, &batch, &body);
                 if self.is_plain && is_aligned && !is_compressed {
-                    let rows = guarded(|| columns::read(&self.schema, &batch, &body, &mut self.absent))?;
+                    let absent = (self.shares_from <= body.len()).then_some(&mut self.absent);
+                    let rows = guarded(|| columns::read(&self.schema, &batch, &body, absent))?;
                     return Ok(Decoded::Batch(rows, None, permit));
                 }
                 if !is_aligned {

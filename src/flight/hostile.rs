@@ -107,7 +107,7 @@ fn put(data: &[u8]) {
     let Ok(wire) = schema(&part()) else { return };
     let Ok(checked) = TopicSchema::check(wire) else { return };
     let budget = Budget::new(4 * BATCH_MEMORY_MAX);
-    let mut decoder = Decoder::new(Arc::clone(&checked.wire), BATCH_MEMORY_MAX, budget.clone());
+    let mut decoder = Decoder::new(Arc::clone(&checked.wire), BATCH_MEMORY_MAX, budget.clone()).sharing_all();
     let mut by_arrow =
         Decoder::new(Arc::clone(&checked.wire), BATCH_MEMORY_MAX, Budget::new(4 * BATCH_MEMORY_MAX)).by_arrow();
     // Sixteen messages show what a stream's state can do.
@@ -132,6 +132,7 @@ fn put(data: &[u8]) {
             let Some(permit) = budget.receive.try_claim(sent as u64) else { return };
             let found = rows(futures::executor::block_on(decoder.decode(&header, body.clone(), sent, permit)));
             assert_eq!(expected, found, "what arrow-ipc makes of it");
+            assert_eq!(expected.as_ref().map(batch_hash), found.as_ref().map(batch_hash), "and its hash");
         }
         let decoded = futures::executor::block_on(decoder.decode(&header, body, sent, permit));
         if let (Some(smaller), Ok(Decoded::Batch(whole, ..))) = (smaller, &decoded) {
