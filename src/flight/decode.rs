@@ -69,7 +69,7 @@ impl Decoder {
         Self { is_plain: false, ..self }
     }
 
-    /// The same, small bodies not excepted.
+    /// Shares columns without values in small bodies as well: what tests and fuzzing send.
     #[cfg(any(test, feature = "hostile"))]
     pub(crate) fn sharing_all(self) -> Self {
         Self { shares_from: 0, ..self }
