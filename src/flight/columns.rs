@@ -327,7 +327,7 @@ mod tests {
         }
     }
 
-    /// A row of times, and nulls of every type that may be null.
+    /// Nulls of every type that may be null.
     fn no_values(rows: usize) -> RecordBatch {
         let batch = every_type(rows);
         let schema = batch.schema();
