@@ -308,7 +308,7 @@ fn start_steward(
 fn start_reader(config: &Config, disk: &DiskState, counters: &Arc<IoCounters>) -> io::Result<(Loader, JoinHandle<()>)> {
     let (sender, jobs) = mpsc::channel(limits::SERVICE_LANE_DEPTH);
     let body = ReaderBody { jobs, counters: Arc::clone(counters) };
-    let thread = on_disk("fb-reader", disk, Buffers::of(RING_BUFFERS_PER_SERVICE), body)?;
+    let thread = on_disk("fb-reader", disk, Buffers::of(0), body)?;
     let cache_bytes = usize::try_from(config.read_cache_bytes).unwrap_or(usize::MAX);
     Ok((Loader::new(sender, cache_bytes), thread))
 }

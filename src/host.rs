@@ -199,8 +199,8 @@ fn memory(config: &Config) -> Check {
 }
 
 fn memlock(config: &Config) -> Check {
-    let needed = (config.writers * storage::limits::RING_BUFFERS_PER_WRITER
-        + 2 * storage::limits::RING_BUFFERS_PER_SERVICE) as u64
+    let needed = (config.writers * storage::limits::RING_BUFFERS_PER_WRITER + storage::limits::RING_BUFFERS_PER_SERVICE)
+        as u64
         * storage::limits::RING_BUFFER_BYTES as u64;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
     match limit {

@@ -248,8 +248,8 @@ pub(crate) fn request_weight(bytes: u64, is_compressed: bool) -> u64 {
 /// INV-7: what the process may hold whatever clients do, part by part, in bytes.
 pub(crate) fn memory_sum(config: &Config) -> Vec<(&'static str, u64)> {
     let writers = config.writers as u64;
-    let buffers = writers * storage::limits::RING_BUFFERS_PER_WRITER as u64
-        + 2 * storage::limits::RING_BUFFERS_PER_SERVICE as u64;
+    let buffers =
+        writers * storage::limits::RING_BUFFERS_PER_WRITER as u64 + storage::limits::RING_BUFFERS_PER_SERVICE as u64;
     let receive = config.memory_budget_bytes - config.memory_budget_bytes / 4;
     let decode = config.memory_budget_bytes / 8;
     vec![

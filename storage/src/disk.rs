@@ -6,6 +6,7 @@
 //! runtime. Buffers are given away with an operation and come back with its result, also on failure.
 
 use crate::files::{self, Entry};
+use bytes::Bytes;
 use std::collections::HashSet;
 use std::future::Future;
 use std::io;
@@ -69,14 +70,8 @@ pub trait Disk: Clone + 'static {
         len: usize,
         at: u64,
     ) -> impl Future<Output = (io::Result<()>, Self::Buf)> + 'static;
-    /// Reads up to `len` bytes at `at` (block multiples), fewer only at the end of the file.
-    fn read(
-        &self,
-        file: &Self::File,
-        buf: Self::Buf,
-        len: usize,
-        at: u64,
-    ) -> impl Future<Output = (io::Result<usize>, Self::Buf)> + 'static;
+    /// Reads `len` bytes at `at`, a multiple of the block size, into memory of their own; fewer only at the end of the file.
+    fn read(&self, file: &Self::File, at: u64, len: usize) -> impl Future<Output = io::Result<Bytes>>;
     /// Makes the data written so far durable (fdatasync).
     fn sync(&self, file: &Self::File) -> impl Future<Output = io::Result<()>> + 'static;
     /// Reserves blocks and sets the size (fallocate mode 0, never `KEEP_SIZE`).

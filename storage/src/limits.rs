@@ -30,8 +30,17 @@ pub const RING_BUFFERS_LOW: usize = 8;
 /// sensor.
 pub const DEPTH_LOW_AFTER: Duration = Duration::from_millis(250);
 
-/// Ring buffers of the reader and of the steward thread each.
+/// Ring buffers of the steward thread.
 pub const RING_BUFFERS_PER_SERVICE: usize = 8;
+
+/// Bytes that one request reads. Larger ones would keep others' writes waiting behind them for longer.
+pub const READ_PIECE_BYTES: usize = 1 << 20;
+
+/// Pieces of one range that are read at once.
+pub const READS_AHEAD: usize = 4;
+
+/// Pieces that one thread reads at once, of all ranges: what a write waits for that comes behind them.
+pub const READS_AT_DEVICE: usize = 8;
 
 /// Submission queue entries of one ring: more than all its buffers plus syncs and file operations.
 pub const RING_ENTRIES: u32 = 256;

@@ -7,6 +7,7 @@ use crate::disk::{Disk, DiskState};
 use crate::limits::BLOCK_BYTES;
 use crate::reclaim;
 use crate::uring::AlignedBuf;
+use bytes::Bytes;
 use rustix::fs::{Mode, OFlags};
 use std::cell::RefCell;
 use std::future::Future;
@@ -142,32 +143,25 @@ impl Disk for PosixDisk {
         }
     }
 
-    fn read(
-        &self,
-        file: &Self::File,
-        mut buf: PosixBuf,
-        len: usize,
-        at: u64,
-    ) -> impl Future<Output = (io::Result<usize>, PosixBuf)> + 'static {
-        let file = Rc::clone(file);
-        async move {
-            let mut done = 0;
-            while done < len {
-                let into = buf.get_mut(done..len).unwrap_or(&mut []);
-                match rustix::io::pread(&*file, into, at + done as u64) {
-                    Ok(0) => break,
-                    Ok(count) => {
-                        done += count;
-                        if !(count as u64).is_multiple_of(BLOCK_BYTES) {
-                            break;
-                        }
+    async fn read(&self, file: &Self::File, at: u64, len: usize) -> io::Result<Bytes> {
+        let mut memory = AlignedBuf::zeros(len)?;
+        let mut done = 0;
+        while done < memory.len() {
+            let into = memory.get_mut(done..).unwrap_or(&mut []);
+            match rustix::io::pread(&**file, into, at + done as u64) {
+                Ok(0) => break,
+                Ok(count) => {
+                    done += count;
+                    if !(count as u64).is_multiple_of(BLOCK_BYTES) {
+                        break;
                     }
-                    Err(rustix::io::Errno::INTR) => {}
-                    Err(error) => return (Err(error.into()), buf),
                 }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
-            (Ok(done), buf)
         }
+        memory.truncate(done.min(len));
+        Ok(Bytes::from_owner(memory))
     }
 
     fn sync(&self, file: &Self::File) -> impl Future<Output = io::Result<()>> + 'static {

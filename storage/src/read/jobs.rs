@@ -4,17 +4,10 @@
 
 use crate::disk::{Disk, IoCounters};
 use crate::error::{Result, StorageError};
-use crate::limits::RING_BUFFER_BYTES;
-use crate::segment;
 use bytes::Bytes;
-use futures::StreamExt;
-use futures::stream::FuturesOrdered;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
-
-/// Pieces of one range that are read at once: the disk does the next while one is copied.
-const READS_AHEAD: usize = 4;
 
 /// One read of a file, answered on a channel.
 #[derive(Debug)]
@@ -30,7 +23,7 @@ pub async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<ReadJob>, counters
     while let Some(job) = jobs.recv().await {
         let disk = disk.clone();
         let counters = Arc::clone(&counters);
-        // Bounded by the jobs channel's depth and by the buffer pool.
+        // Bounded by who asks: `CHUNKS_LOADING_MAX`, and calls that look at files.
         tokio::task::spawn_local(async move {
             let result = read_range(&disk, &job.path, job.at, job.length).await;
             if let Ok(bytes) = &result {
@@ -41,105 +34,105 @@ pub async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<ReadJob>, counters
     }
 }
 
-/// Reads `length` bytes at a block-aligned offset, several pieces of them at once.
+/// Reads `length` bytes at a block-aligned offset.
 pub(crate) async fn read_range<D: Disk>(disk: &D, path: &Path, at: u64, length: u64) -> Result<Bytes> {
     let file = disk.open(path).await.map_err(|error| StorageError::io("open", path, error))?;
-    let mut out = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
-    let mut reads = FuturesOrdered::new();
-    let (mut asked, mut failed, mut is_over) = (0, None, false);
-    loop {
-        let more = asked < length && reads.len() < READS_AHEAD && !is_over;
-        // Cancel-safety: a buffer that is not given has not left the pool, a read that is not done stays in `reads`.
-        let read = tokio::select! {
-            biased;
-            buf = disk.buffer(), if more => {
-                let want = usize::try_from(segment::block_ceil(length - asked)).unwrap_or(usize::MAX);
-                let want = want.min(RING_BUFFER_BYTES);
-                let read = disk.read(&file, buf, want, at + asked);
-                reads.push_back(async move {
-                    let (result, buf) = read.await;
-                    (want, result, buf)
-                });
-                asked += want as u64;
-                continue;
-            }
-            // What holds buffers never waits for more of them alone: two such would wait for each other.
-            read = reads.next(), if !reads.is_empty() => read,
-            else => break,
-        };
-        let Some((want, result, buf)) = read else { break };
-        match result {
-            _ if is_over => {} // Only waited for.
-            Ok(got) => {
-                let left = usize::try_from(length).unwrap_or(usize::MAX) - out.len();
-                out.extend_from_slice(buf.get(..got.min(left)).unwrap_or(&[]));
-                is_over = got < want; // The end of the file.
-            }
-            Err(error) => (failed, is_over) = (Some(StorageError::io("read", path, error)), true),
-        }
-    }
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    if (out.len() as u64) < length {
-        let short =
-            std::io::Error::new(std::io::ErrorKind::UnexpectedEof, format!("{} of {length} bytes at {at}", out.len()));
+    let bytes = disk.read(&file, at, usize::try_from(length).unwrap_or(usize::MAX)).await;
+    let bytes = bytes.map_err(|error| StorageError::io("read", path, error))?;
+    if (bytes.len() as u64) < length {
+        let short = format!("{} of {length} bytes at {at}", bytes.len());
+        let short = std::io::Error::new(std::io::ErrorKind::UnexpectedEof, short);
         return Err(StorageError::io("read", path, short));
     }
-    Ok(Bytes::from(out))
+    Ok(bytes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::depth::Buffers;
     use crate::disk::{DiskState, Engine};
-    use crate::posix;
+    use crate::limits::{BLOCK_BYTES, READ_PIECE_BYTES, READS_AHEAD};
+    use crate::{posix, uring};
     use std::time::Duration;
 
     /// More than are read at once.
-    const PIECES: usize = 6;
+    const PIECES: usize = READS_AHEAD + 2;
 
     /// A file of several pieces and a rest, and what is in it.
     fn file(folder: &Path) -> (PathBuf, Vec<u8>) {
-        let bytes: Vec<u8> = (0..PIECES * RING_BUFFER_BYTES + 5000).map(|at| (at / 7) as u8).collect();
+        let bytes: Vec<u8> = (0..PIECES * READ_PIECE_BYTES + 5000).map(|at| (at / 7) as u8).collect();
         let path = folder.join("file");
         std::fs::write(&path, &bytes).expect("written");
         (path, bytes)
     }
 
-    fn on_disk<F: Future>(buffers: usize, body: impl FnOnce(posix::PosixDisk) -> F) -> F::Output {
-        let state = DiskState { engine: Engine::Posix, direct: false, registered: false, notes: Vec::new() };
-        posix::run(&state, buffers, body).expect("a disk")
+    /// Runs a check on plain system calls, and on a ring where there is one, with and without direct I/O.
+    macro_rules! on_each_disk {
+        ($check:ident) => {
+            let folder = tempfile::tempdir().expect("a folder");
+            let file = file(folder.path());
+            let found = uring::probe(folder.path(), true);
+            for direct in [false, found.direct] {
+                let state = DiskState { direct, ..found.clone() };
+                posix::run(&state, 1, |disk| $check(disk, file.clone())).expect("a disk");
+                if found.engine == Engine::Uring {
+                    uring::run(&state, Buffers::of(0), |disk| $check(disk, file.clone())).expect("a ring");
+                }
+            }
+        };
     }
 
-    #[test]
-    fn ranges_that_are_read_at_once_with_few_buffers_do_not_wait_for_each_other() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let (path, bytes) = file(folder.path());
-        for buffers in 1..=READS_AHEAD + 1 {
-            let (path, length) = (path.clone(), bytes.len() as u64);
-            let all = on_disk(buffers, |disk| async move {
-                let reads = async {
-                    futures::join!(
-                        read_range(&disk, &path, 0, length),
-                        read_range(&disk, &path, 4096, length - 4096),
-                        read_range(&disk, &path, 0, 10)
-                    )
-                };
-                tokio::time::timeout(Duration::from_secs(10), reads).await.expect("all are read")
-            });
-            let [whole, most, little] = [all.0, all.1, all.2].map(|read| read.expect("read"));
-            assert!(whole == bytes && most == bytes[4096..] && little == bytes[..10], "{buffers} buffers");
+    async fn reads_many_ranges_at_once<D: Disk>(disk: D, (path, bytes): (PathBuf, Vec<u8>)) {
+        let length = bytes.len() as u64;
+        let ranges = [(0, length), (4096, length - 4096), (0, 10), (BLOCK_BYTES, 1), (READ_PIECE_BYTES as u64, 4096)];
+        // More than may be read at once by far.
+        let reads = ranges.iter().cycle().take(40).map(|(at, length)| read_range(&disk, &path, *at, *length));
+        let all = tokio::time::timeout(Duration::from_secs(60), futures::future::join_all(reads)).await;
+        for (read, (at, length)) in all.expect("all are read").into_iter().zip(ranges.iter().cycle()) {
+            let (at, length) = (usize::try_from(*at).expect("short"), usize::try_from(*length).expect("short"));
+            assert!(read.expect("read") == bytes[at..at + length], "{length} bytes at {at}");
         }
     }
 
     #[test]
+    fn ranges_of_any_length_are_read_at_once_to_the_letter() {
+        on_each_disk!(reads_many_ranges_at_once);
+    }
+
+    async fn refuses_what_is_beyond_the_end<D: Disk>(disk: D, (path, bytes): (PathBuf, Vec<u8>)) {
+        let end = bytes.len() as u64;
+        let asked = [(0, end + 1), (0, end + 3 * READ_PIECE_BYTES as u64), (end / 4096 * 4096, 4096)];
+        for (at, length) in asked.into_iter().chain([((end / 4096 + 1) * 4096, 1)]) {
+            let text = read_range(&disk, &path, at, length).await.expect_err("too short").to_string();
+            let there = end.saturating_sub(at);
+            assert!(text.contains(&format!("{there} of {length} bytes at {at}")), "{text}");
+        }
+        let text = read_range(&disk, &path, 0, u64::MAX).await.expect_err("too long").to_string();
+        assert!(text.contains("no memory"), "{text}");
+    }
+
+    #[test]
     fn a_range_beyond_the_end_is_refused_saying_how_much_there_is() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let (path, bytes) = file(folder.path());
-        let length = bytes.len() as u64 + 2 * RING_BUFFER_BYTES as u64;
-        let read = on_disk(3, |disk| async move { read_range(&disk, &path, 0, length).await });
-        let text = read.expect_err("too short").to_string();
-        assert!(text.contains(&format!("{} of {length} bytes", bytes.len())), "{text}");
+        on_each_disk!(refuses_what_is_beyond_the_end);
+    }
+
+    async fn goes_on_after_reads_that_were_given_up<D: Disk>(disk: D, (path, bytes): (PathBuf, Vec<u8>)) {
+        for _ in 0..20 {
+            let mut read = Box::pin(read_range(&disk, &path, 0, bytes.len() as u64));
+            for _ in 0..3 {
+                if futures::future::poll_immediate(&mut read).await.is_some() {
+                    break; // Plain system calls are never halfway.
+                }
+                disk.breathe().await;
+            }
+        }
+        let read = tokio::time::timeout(Duration::from_secs(60), read_range(&disk, &path, 0, bytes.len() as u64)).await;
+        assert!(read.expect("its turn").expect("read") == bytes);
+    }
+
+    #[test]
+    fn a_read_that_is_given_up_halfway_leaves_its_turn_to_others() {
+        on_each_disk!(goes_on_after_reads_that_were_given_up);
     }
 }

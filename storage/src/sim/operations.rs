@@ -5,6 +5,7 @@ use super::{SimDisk, turn};
 use crate::disk::Disk;
 use crate::files::Entry;
 use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES};
+use bytes::Bytes;
 use std::cell::RefCell;
 use std::future::Future;
 use std::io;
@@ -128,29 +129,15 @@ impl Disk for SimDisk {
         }
     }
 
-    fn read(
-        &self,
-        file: &SimHandle,
-        mut buf: SimBuf,
-        len: usize,
-        at: u64,
-    ) -> impl Future<Output = (io::Result<usize>, SimBuf)> + 'static {
-        let (disk, file) = (self.clone(), file.0);
-        async move {
-            disk.step().await;
-            if disk.fails(|faults| faults.reads) {
-                return (Err(io::Error::other("simulated read error")), buf);
-            }
-            let count = {
-                let world = disk.world.borrow();
-                let seen = &world.files[file].seen;
-                let from = position(at).min(seen.len());
-                let count = len.min(seen.len() - from);
-                buf.bytes[..count].copy_from_slice(&seen[from..from + count]);
-                count
-            };
-            (Ok(count), buf)
+    async fn read(&self, file: &SimHandle, at: u64, len: usize) -> io::Result<Bytes> {
+        self.step().await;
+        if self.fails(|faults| faults.reads) {
+            return Err(io::Error::other("simulated read error"));
         }
+        let world = self.world.borrow();
+        let seen = &world.files[file.0].seen;
+        let from = position(at).min(seen.len());
+        Ok(Bytes::copy_from_slice(&seen[from..from + len.min(seen.len() - from)]))
     }
 
     fn sync(&self, file: &SimHandle) -> impl Future<Output = io::Result<()>> + 'static {

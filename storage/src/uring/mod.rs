@@ -17,19 +17,24 @@ pub use aligned::AlignedBuf;
 
 use crate::depth::{Buffers, Depth};
 use crate::disk::{Disk, DiskState, Engine};
-use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES, RING_ENTRIES, RING_WRITES_AT_DEVICE};
+use crate::limits::{
+    BLOCK_BYTES, READ_PIECE_BYTES, READS_AHEAD, READS_AT_DEVICE, RING_BUFFER_BYTES, RING_ENTRIES, RING_WRITES_AT_DEVICE,
+};
 use crate::reclaim;
+use bytes::Bytes;
+use futures::stream::{self, StreamExt, TryStreamExt};
 use io_uring::{cqueue, opcode, squeue, types};
 use std::cell::{Cell, RefCell};
 use std::ffi::CString;
 use std::future::Future;
 use std::io;
+use std::ops::Range;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::rc::Rc;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_uring::buf::fixed::{FixedBuf, FixedBufRegistry};
 use tokio_uring::{OneshotOutputTransform, UnsubmittedOneshot};
 
@@ -155,6 +160,10 @@ struct Pool {
     ready: Cell<usize>,
     /// A write is back from the device.
     back: Notify,
+    /// Pieces that may be read at once.
+    reads: Semaphore,
+    /// Ranges of many pieces that may be read at once: one.
+    long_reads: Semaphore,
 }
 
 impl Pool {
@@ -169,6 +178,8 @@ impl Pool {
             at_device: Cell::new(0),
             ready: Cell::new(0),
             back: Notify::new(),
+            reads: Semaphore::new(READS_AT_DEVICE),
+            long_reads: Semaphore::new(1),
         }
     }
 
@@ -362,15 +373,39 @@ fn write_entry(file: &UringFile, buf: &mut PoolBuf, from: usize, len: usize, at:
     }
 }
 
-fn read_entry(file: &UringFile, buf: &mut PoolBuf, from: usize, len: usize, at: u64) -> squeue::Entry {
-    assert!(from + len <= RING_BUFFER_BYTES, "a read stays inside its buffer");
-    let (start, index) = buf.place();
-    // SAFETY: `from` is inside the buffer's allocation, asserted above.
-    let start = unsafe { start.add(from) };
-    match index {
-        Some(index) => opcode::ReadFixed::new(fd_of(file), start, ring_len(len), index).offset(at as _).build(),
-        None => opcode::Read::new(fd_of(file), start, ring_len(len)).offset(at as _).build(),
+/// Reads a piece of what is `at` into its place of the memory for it; returns where what there is of it ends, or the
+/// piece. Takes its turn among [`READS_AT_DEVICE`].
+async fn read_piece(
+    pool: &Pool,
+    file: &UringFile,
+    memory: &Rc<AlignedBuf>,
+    piece: Range<usize>,
+    at: u64,
+) -> io::Result<usize> {
+    assert!(piece.end <= memory.capacity(), "a read stays inside its memory");
+    // Cancel-safety: who goes away while waiting has taken no turn; what it submitted is the driver's.
+    let _turn = pool.reads.acquire().await.map_err(io::Error::other)?;
+    let mut done = piece.start;
+    while done < piece.end {
+        // SAFETY: `done` is inside of the memory, asserted above.
+        let into = unsafe { memory.start().add(done) };
+        let entry = opcode::Read::new(fd_of(file), into, ring_len(piece.end - done)).offset((at + done as u64) as _);
+        // Memory and descriptor ride along: neither may go meanwhile.
+        let (result, _stable) = submit((Rc::clone(memory), file.clone()), entry.build()).await;
+        match result {
+            Ok(0) => break,
+            Ok(count) => {
+                done += count as usize;
+                // A direct read that ends off a block boundary has met the end of the file.
+                if !u64::from(count).is_multiple_of(BLOCK_BYTES) {
+                    break;
+                }
+            }
+            Err(error) if is_transient(&error) => {}
+            Err(error) => return Err(error),
+        }
     }
+    Ok(done)
 }
 
 fn is_transient(error: &io::Error) -> bool {
@@ -436,35 +471,26 @@ impl Disk for UringDisk {
         }
     }
 
-    fn read(
-        &self,
-        file: &UringFile,
-        mut buf: PoolBuf,
-        len: usize,
-        at: u64,
-    ) -> impl Future<Output = (io::Result<usize>, PoolBuf)> + 'static {
-        let file = file.clone();
-        async move {
-            let mut done = 0;
-            while done < len {
-                let entry = read_entry(&file, &mut buf, done, len - done, at + done as u64);
-                let (result, (back, _file)) = submit((buf, file.clone()), entry).await;
-                buf = back;
-                match result {
-                    Ok(0) => break,
-                    Ok(count) => {
-                        done += count as usize;
-                        // A direct read that ends off a block boundary has met the end of the file.
-                        if !(count as u64).is_multiple_of(BLOCK_BYTES) {
-                            break;
-                        }
-                    }
-                    Err(error) if is_transient(&error) => {}
-                    Err(error) => return (Err(error), buf),
-                }
-            }
-            (Ok(done), buf)
-        }
+    async fn read(&self, file: &UringFile, at: u64, len: usize) -> io::Result<Bytes> {
+        let memory = Rc::new(AlignedBuf::to_fill(len)?);
+        let all = memory.capacity();
+        // One long range after the other: who has one works on it while the next is read. Together they would all wait
+        // for the device, and then it for them (PERF.md). Cancel-safety: a turn ends with the future.
+        let is_long = all > READS_AHEAD * READ_PIECE_BYTES;
+        let _turn = if is_long { Some(self.pool.long_reads.acquire().await.map_err(io::Error::other)?) } else { None };
+        let pieces = (0..all).step_by(READ_PIECE_BYTES).map(|from| from..(from + READ_PIECE_BYTES).min(all));
+        let ends = stream::iter(pieces).map(|piece| async {
+            let (full, end) = (piece.end, read_piece(&self.pool, file, &memory, piece, at).await?);
+            // Nothing counts that lies behind a piece that is not full.
+            Ok::<_, io::Error>(if end < full { end } else { all })
+        });
+        let end =
+            ends.buffer_unordered(READS_AHEAD).try_fold(all, |least, end| async move { Ok(least.min(end)) }).await?;
+        let mut memory = Rc::into_inner(memory).ok_or_else(|| io::Error::other("a read that is over goes on"))?;
+        // SAFETY: the kernel wrote every piece in front of `end` whole, and the one that `end` lies in up to there.
+        unsafe { memory.set_filled(end) };
+        memory.truncate(len);
+        Ok(Bytes::from_owner(memory))
     }
 
     fn sync(&self, file: &UringFile) -> impl Future<Output = io::Result<()>> + 'static {
