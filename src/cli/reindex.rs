@@ -66,7 +66,7 @@ async fn reindex(config: &Config, offline: &Offline, topic: TopicRecord, check: 
         if std::io::stderr().is_terminal() {
             write!(std::io::stderr(), "\r{}: chunk {} of {}\x1b[K", topic.locator, index + 1, view.chunks().len())?;
         }
-        let batch = offline.loader.load(&view, Place::Chunk(index)).await?;
+        let batch = offline.loader.load(&view, Place::Chunk(index)).await?.all()?;
         fresh.push(SkipRecord { fields: collect(&ontology.stored, &ontology.record.derived, &[batch]) });
     }
     if std::io::stderr().is_terminal() {

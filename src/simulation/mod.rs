@@ -308,7 +308,7 @@ fn inv_9_on_a_disk_that_rots_every_chunk_is_right_or_said_to_be_damaged() {
                 for place in view.places() {
                     match life.lifecycle.loader.load(&view, place).await {
                         Ok(rows) => {
-                            check_rows(topic, &rows);
+                            check_rows(topic, &rows.all().expect("rows"));
                             right += 1;
                         }
                         Err(error) => {

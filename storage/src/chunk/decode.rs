@@ -1,11 +1,12 @@
 //! The bytes of a row group back to batches.
 //!
 //! Guarantees: nothing is decoded that was not checked against its checksum first
-//! ([`verify_columns`]); a decoded batch has the stored schema to the letter.
+//! ([`verify_columns`]); what is decoded comes out in the stored schema to the letter.
 
 use crate::checksum;
 use crate::chunk::encode::{codec, encodings};
 use crate::chunk::record::{ChunkRecord, ColumnRecord, column_crc_seed};
+use crate::chunk::rows::{self, Rows};
 use crate::error::{Result, StorageError};
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -115,19 +116,19 @@ pub struct RowGroup<'a> {
     pub base: u64,
 }
 
-/// Decodes a whole row group, in the stored schema to the letter.
+/// Decodes a whole row group.
 ///
 /// # Errors
 /// When the bytes are not the pages the columns promise.
-pub fn decode(group: RowGroup<'_>, bytes: ChunkBytes) -> Result<Vec<RecordBatch>> {
-    let mut batches = Vec::new();
-    for batch in reader(group, bytes, None)? {
-        let batch = batch?;
-        let options = arrow::record_batch::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-        let columns = batch.columns().to_vec();
-        batches.push(RecordBatch::try_new_with_options(Arc::clone(group.schema), columns, &options)?);
-    }
-    Ok(batches)
+pub fn decode(group: RowGroup<'_>, bytes: ChunkBytes) -> Result<Rows> {
+    let schema = rows::in_memory(group);
+    let batches = reader(RowGroup { schema: &schema, ..group }, bytes, None)?.collect::<Result<Vec<_>, _>>()?;
+    let batch = match batches.as_slice() {
+        [one] => one.clone(),
+        // None for no rows.
+        many => arrow::compute::concat_batches(&schema, many)?,
+    };
+    Ok(Rows::new(batch, Arc::clone(group.schema)))
 }
 
 /// Decodes some leaf columns of a row group, in the schema that is left when the others are taken away.

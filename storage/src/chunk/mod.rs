@@ -1,8 +1,8 @@
 //! From batches to the bytes of one Parquet row group, and back.
 //!
 //! [`encode`] makes the bytes (`plain` those that need no work, with `levels`), [`stats`] the typed statistics, [`hash`] the identity of a batch,
-//! [`record`] what the catalog keeps of a chunk, [`decode`] the way back. All of it is CPU work on
-//! values: no file, no offset in a file, no thread.
+//! [`record`] what the catalog keeps of a chunk, [`decode`] the way back (`rows` what comes of it). All of it is CPU work
+//! on values: no file, no offset in a file, no thread.
 
 pub mod decode;
 pub mod encode;
@@ -10,11 +10,13 @@ pub mod hash;
 mod levels;
 mod plain;
 pub mod record;
+mod rows;
 pub mod stats;
 
 pub(crate) use encode::Layout;
 pub use encode::{ChunkEncoder, Compression, Format, Piece, TopicEncoder};
 pub use record::{BatchMark, ChunkRecord, ColumnRecord};
+pub use rows::Rows;
 
 use crate::error::{Result, StorageError};
 use crate::schema::{TopicSchema, sample_batch};
@@ -141,8 +143,7 @@ fn decode_all(
     let chunk = decode::ChunkBytes::whole(0, Bytes::from(bytes));
     let descriptor = encoder.descriptor();
     let group = decode::RowGroup { schema: stored, descriptor, columns, rows: rows as u64, base: 0 };
-    let decoded = decode::decode(group, chunk)?;
-    Ok(arrow::compute::concat_batches(stored, &decoded)?)
+    decode::decode(group, chunk)?.all()
 }
 
 #[cfg(test)]

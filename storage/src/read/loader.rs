@@ -4,6 +4,7 @@
 
 use super::jobs::ReadJob;
 use super::view::{Place, TopicView};
+use crate::chunk::Rows;
 use crate::chunk::decode::{ChunkBytes, RowGroup, decode, decode_leaves, verify_columns};
 use crate::chunk::record::{BatchMark, ChunkRecord};
 use crate::error::{Result, StorageError};
@@ -38,7 +39,7 @@ struct Cache {
     bytes_max: usize,
     bytes: usize,
     /// Least recently used first.
-    entries: VecDeque<(TopicNo, u64, RecordBatch, usize)>,
+    entries: VecDeque<(TopicNo, u64, Rows, usize)>,
 }
 
 impl Loader {
@@ -74,14 +75,14 @@ impl Loader {
         cache.bytes = cache.entries.iter().map(|(.., bytes)| bytes).sum();
     }
 
-    /// All rows of a source, in the stored schema.
+    /// All rows of a source.
     ///
     /// # Errors
     /// When the file cannot be read or its bytes are damaged.
-    pub async fn load(&self, view: &TopicView, place: Place) -> Result<RecordBatch> {
+    pub async fn load(&self, view: &TopicView, place: Place) -> Result<Rows> {
         match place {
             Place::Tail(index) => match view.tail().get(index) {
-                Some(run) => run.unpack(&view.schema.stored),
+                Some(run) => Ok(Rows::from(run.unpack(&view.schema.stored)?)),
                 None => Err(StorageError::Gone),
             },
             Place::Chunk(index) => match view.chunks().get(index) {
@@ -91,45 +92,32 @@ impl Loader {
         }
     }
 
-    async fn load_chunk(&self, view: &TopicView, chunk: &ChunkRecord) -> Result<RecordBatch> {
+    async fn load_chunk(&self, view: &TopicView, chunk: &ChunkRecord) -> Result<Rows> {
         let key = (view.record.no, chunk.first_row);
-        if let Some(batch) = self.cached(key) {
-            return Ok(batch);
+        if let Some(rows) = self.cached(key) {
+            return Ok(rows);
         }
         let place = self.place().await?;
-        if let Some(batch) = self.cached(key) {
-            return Ok(batch);
+        if let Some(rows) = self.cached(key) {
+            return Ok(rows);
         }
         let path = view.dir().join(segment::file_name(chunk.segment));
         let bytes = ChunkBytes::whole(chunk.offset, self.raw(&path, chunk.offset, chunk.length).await?);
         let (record, for_check) = (chunk.clone(), bytes.clone());
         // Checksums are CPU work: off the threads that serve sockets.
         place.aside("check", move || verify_columns(&path, &record, &for_check, None)).await?;
-        let batch = self.decode(&place, view, chunk, bytes).await?;
-        self.keep(key, batch.clone());
-        Ok(batch)
+        let rows = self.decode(&place, view, chunk, bytes).await?;
+        self.keep(key, rows.clone());
+        Ok(rows)
     }
 
     /// The rows of a chunk whose bytes were checked, in a [place](Self::place).
     ///
     /// # Errors
     /// When they are not the pages that its columns promise.
-    pub async fn decode(
-        &self,
-        place: &Turn,
-        view: &TopicView,
-        chunk: &ChunkRecord,
-        bytes: ChunkBytes,
-    ) -> Result<RecordBatch> {
+    pub async fn decode(&self, place: &Turn, view: &TopicView, chunk: &ChunkRecord, bytes: ChunkBytes) -> Result<Rows> {
         let (chunk, schema, descriptor) = (chunk.clone(), Arc::clone(&view.schema), Arc::clone(&view.descriptor));
-        let decode = move || {
-            let batches = decode(row_group(&schema, &descriptor, &chunk), bytes)?;
-            match batches.as_slice() {
-                [one] => Ok::<_, StorageError>(one.clone()),
-                many => Ok(arrow::compute::concat_batches(&schema.stored, many)?),
-            }
-        };
-        place.aside("decode", decode).await
+        place.aside("decode", move || decode(row_group(&schema, &descriptor, &chunk), bytes)).await
     }
 
     /// Waits until one more chunk may be read and decoded; given back by drop.
@@ -167,23 +155,23 @@ impl Loader {
         Ok(trailer.ok_or_else(broken)?.marks)
     }
 
-    /// Some leaf columns of a source, in the schema that is left without the others (the tail and what
-    /// is cached come whole), and the bytes that were read for it. Nothing but the pages of these
+    /// Some leaf columns of a source, in the schema that is left without the others (from the tail, and what
+    /// is cached, come whole columns), and the bytes that were read for it. Nothing but the pages of these
     /// columns is read.
     ///
     /// # Errors
     /// When the file cannot be read or its bytes are damaged.
     pub async fn load_leaves(&self, view: &TopicView, place: Place, leaves: &[usize]) -> Result<(RecordBatch, u64)> {
         let Place::Chunk(index) = place else {
-            return Ok((self.load(view, place).await?, 0));
+            return Ok((whole_columns(&self.load(view, place).await?, view, leaves)?, 0));
         };
         let chunk = view.chunks().get(index).ok_or(StorageError::Gone)?;
         self.report((view.record.no, chunk.first_row), self.load_some(view, chunk, leaves).await)
     }
 
     async fn load_some(&self, view: &TopicView, chunk: &ChunkRecord, leaves: &[usize]) -> Result<(RecordBatch, u64)> {
-        if let Some(batch) = self.cached((view.record.no, chunk.first_row)) {
-            return Ok((batch, 0));
+        if let Some(rows) = self.cached((view.record.no, chunk.first_row)) {
+            return Ok((whole_columns(&rows, view, leaves)?, 0));
         }
         let place = self.place().await?;
         let path = view.dir().join(segment::file_name(chunk.segment));
@@ -205,26 +193,35 @@ impl Loader {
         Ok((place.aside("decode", decode).await?, read))
     }
 
-    fn cached(&self, (no, row): (TopicNo, u64)) -> Option<RecordBatch> {
+    fn cached(&self, (no, row): (TopicNo, u64)) -> Option<Rows> {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         let at = cache.entries.iter().position(|(of, first, ..)| (*of, *first) == (no, row))?;
         let entry = cache.entries.remove(at)?;
-        let batch = entry.2.clone();
+        let rows = entry.2.clone();
         cache.entries.push_back(entry);
-        Some(batch)
+        Some(rows)
     }
 
-    fn keep(&self, (no, row): (TopicNo, u64), batch: RecordBatch) {
-        let bytes = batch.get_array_memory_size();
+    fn keep(&self, (no, row): (TopicNo, u64), rows: Rows) {
+        let bytes = rows.memory_bytes();
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         cache.bytes += bytes;
-        cache.entries.push_back((no, row, batch, bytes));
+        cache.entries.push_back((no, row, rows, bytes));
         while cache.bytes > cache.bytes_max && cache.entries.len() > 1 {
             if let Some((.., bytes)) = cache.entries.pop_front() {
                 cache.bytes -= bytes;
             }
         }
     }
+}
+
+/// The top-level columns that some leaves belong to.
+fn whole_columns(rows: &Rows, view: &TopicView, leaves: &[usize]) -> Result<RecordBatch> {
+    let known = leaves.iter().filter(|leaf| **leaf < view.descriptor.num_columns());
+    let mut columns: Vec<usize> = known.map(|leaf| view.descriptor.get_column_root_idx(*leaf)).collect();
+    columns.sort_unstable();
+    columns.dedup();
+    rows.columns(&columns)
 }
 
 fn row_group<'a>(schema: &'a TopicSchema, descriptor: &'a SchemaDescPtr, chunk: &'a ChunkRecord) -> RowGroup<'a> {

@@ -4,6 +4,7 @@
 
 use super::loader::Loader;
 use super::view::{Source, TopicView, Window, groups};
+use crate::chunk::Rows;
 use crate::error::{Result, StorageError};
 use crate::limits;
 use arrow::array::{AsArray, RecordBatch};
@@ -65,8 +66,8 @@ impl RowStream {
         let mut keyed: Vec<(i64, u32, u32)> = Vec::new();
         let mut sorted = group.len() == 1;
         for (index, source) in (0_u32..).zip(group) {
-            let batch = self.loader.load(&self.view, source.place).await?;
-            let times = batch.column(self.view.schema.time_column).as_primitive::<Int64Type>();
+            let rows = self.loader.load(&self.view, source.place).await?;
+            let times = rows.column(self.view.schema.time_column).as_primitive::<Int64Type>();
             sorted &= source.sorted;
             keyed.extend(
                 (0_u32..)
@@ -86,20 +87,19 @@ impl RowStream {
         let mut used: Vec<u32> = picked.iter().map(|(source, _)| *source).collect();
         used.sort_unstable();
         used.dedup();
-        let mut batches = Vec::with_capacity(used.len());
+        let mut chunks = Vec::with_capacity(used.len());
         for index in &used {
             match group.get(*index as usize) {
-                Some(source) => batches.push(self.loader.load(&self.view, source.place).await?),
+                Some(source) => chunks.push(self.loader.load(&self.view, source.place).await?),
                 None => return Err(StorageError::Gone),
             }
         }
-        if let ([batch], Some(first)) = (batches.as_slice(), contiguous(picked)) {
-            return Ok(batch.slice(first, picked.len()));
+        if let ([chunk], Some(first)) = (chunks.as_slice(), contiguous(picked)) {
+            return chunk.slice(first, picked.len());
         }
         let indices: Vec<(usize, usize)> =
             picked.iter().map(|(source, row)| (used.binary_search(source).unwrap_or(0), *row as usize)).collect();
-        let sources: Vec<&RecordBatch> = batches.iter().collect();
-        Ok(arrow::compute::interleave_record_batch(&sources, &indices)?)
+        Rows::interleave(&chunks, &indices)
     }
 }
 
@@ -140,8 +140,8 @@ pub async fn count(view: &Arc<TopicView>, loader: &Loader, window: Window) -> Re
             widen(source.time.0, source.time.1);
             continue;
         }
-        let batch = loader.load(view, source.place).await?;
-        let times = batch.column(view.schema.time_column).as_primitive::<Int64Type>();
+        let all = loader.load(view, source.place).await?;
+        let times = all.column(view.schema.time_column).as_primitive::<Int64Type>();
         for time in times.values().iter().filter(|time| window.holds(**time)) {
             rows += 1;
             widen(*time, *time);
