@@ -39,7 +39,7 @@ pub const READ_PIECE_BYTES: usize = 1 << 20;
 /// Pieces of one range that are read at once.
 pub const READS_AHEAD: usize = 4;
 
-/// Pieces that one thread reads at once, of all ranges: what a write waits for that comes behind them.
+/// Pieces that one thread reads of a device at once, of all ranges: what a write waits for that comes behind them.
 pub const READS_AT_DEVICE: usize = 8;
 
 /// Submission queue entries of one ring: more than all its buffers plus syncs and file operations.

@@ -244,8 +244,7 @@ impl Subject {
         verify_columns(path, chunk, &data, None).map_err(broken)?;
         check_rest(&rest, chunk)?;
         let (Some(ontology), Some(before)) = (&self.ontology, self.index.get(index)) else { return Ok(()) };
-        let rows = loader.decode(place, &self.view, chunk, data).await.map_err(broken)?;
-        let batch = rows.all().map_err(broken)?;
+        let batch = loader.decode(place, &self.view, chunk, data).await.map_err(broken)?;
         let fresh = SkipRecord { fields: collect(&ontology.stored, &ontology.record.derived, &[batch]) };
         // Without an entry it was recorded without an index, or before there was one: queries read it.
         match before {

@@ -1,11 +1,11 @@
 //! A chunk's rows in memory, large values still in the pages that were read.
 //!
-//! Guarantees: whatever comes out is in the stored schema to the letter; a large value is copied once at most on its way
-//! there, and not at all where it is a batch of its own. Bytes that are kept for them are no more than an eighth beyond
-//! the values that lie there.
+//! Guarantees: whatever comes out is in the stored schema to the letter; a large value of a page that is not compressed is
+//! copied when it comes out, and not at all where it is a batch of its own. Of the bytes that are kept for such values, no
+//! more than an eighth are others.
 
 use crate::chunk::decode::RowGroup;
-use crate::error::Result;
+use crate::error::{Result, StorageError};
 use arrow::array::{
     Array, ArrayRef, AsArray, BinaryArray, BinaryViewArray, ByteView, LargeBinaryArray, LargeStringArray, RecordBatch,
     RecordBatchOptions, StringArray,
@@ -57,6 +57,11 @@ impl Rows {
         to_stored(&self.batch.slice(first, count), &self.stored)
     }
 
+    /// Whether these columns come out without a copy.
+    pub(crate) fn are_at_hand(&self, indices: &[usize]) -> bool {
+        !indices.iter().filter_map(|index| self.batch.columns().get(*index)).any(|column| is_view(column.data_type()))
+    }
+
     /// Some of the columns, in order, in the stored schema without the others.
     ///
     /// # Errors
@@ -70,19 +75,17 @@ impl Rows {
     /// # Errors
     /// As [`Self::slice`].
     pub fn interleave(chunks: &[Self], rows: &[(usize, usize)]) -> Result<RecordBatch> {
-        // One chunk may have views where another, of smaller values, has none.
-        let types = |index: usize| chunks.iter().map(move |chunk| chunk.batch.column(index).data_type());
         let Some(first) = chunks.first() else { return Ok(RecordBatch::new_empty(Arc::new(Schema::empty()))) };
         let mut columns = Vec::with_capacity(first.stored.fields().len());
         for (index, field) in first.stored.fields().iter().enumerate() {
-            let alike = types(index).all(|kind| kind == first.batch.column(index).data_type());
-            let parts: Vec<ArrayRef> = chunks
-                .iter()
-                .map(|chunk| {
-                    let column = chunk.batch.column(index);
-                    if alike { Ok(Arc::clone(column)) } else { to_type(column, field.data_type()) }
-                })
-                .collect::<Result<_>>()?;
+            let all = || chunks.iter().map(|chunk| chunk.batch.column(index));
+            // One chunk may have views where another, of smaller values, has none: views of these are made, not copies of those.
+            let kind = all().map(|column| column.data_type()).find(|kind| is_view(kind));
+            let parts = all().map(|column| match kind {
+                Some(kind) if kind != column.data_type() => arrow::compute::cast(column, kind),
+                _ => Ok(Arc::clone(column)),
+            });
+            let parts = parts.collect::<std::result::Result<Vec<ArrayRef>, _>>()?;
             let parts: Vec<&dyn Array> = parts.iter().map(AsRef::as_ref).collect();
             columns.push(to_type(&arrow::compute::interleave(&parts, rows)?, field.data_type())?);
         }
@@ -131,13 +134,23 @@ fn to_stored(batch: &RecordBatch, stored: &SchemaRef) -> Result<RecordBatch> {
     Ok(RecordBatch::try_new_with_options(Arc::clone(stored), columns.collect::<Result<_>>()?, &options)?)
 }
 
-/// A column in its stored type.
+fn is_view(kind: &DataType) -> bool {
+    matches!(kind, DataType::BinaryView | DataType::Utf8View)
+}
+
+/// A column in its stored type, which may be one of views itself.
 fn to_type(column: &ArrayRef, stored: &DataType) -> Result<ArrayRef> {
     let views = match column.data_type() {
+        kind if kind == stored => return Ok(Arc::clone(column)),
         DataType::BinaryView => column.as_binary_view().clone(),
         DataType::Utf8View => column.as_string_view().clone().to_binary_view(),
         _ => return Ok(Arc::clone(column)),
     };
+    let bytes: u64 = views.views().iter().map(|view| u64::from(ByteView::from(*view).length)).sum();
+    if matches!(stored, DataType::Binary | DataType::Utf8) && i32::try_from(bytes).is_err() {
+        let text = format!("{bytes} bytes of values are more than one array of type {stored} holds");
+        return Err(StorageError::Format { op: "decode", text });
+    }
     match only_value(&views) {
         Some(value) => one_row(value, stored),
         None => Ok(arrow::compute::cast(column, stored)?),
@@ -162,7 +175,10 @@ fn one_row(value: Buffer, stored: &DataType) -> Result<ArrayRef> {
             Arc::new(LargeBinaryArray::try_new(OffsetBuffer::from_lengths([length]), value, None)?)
         }
         DataType::LargeUtf8 => Arc::new(LargeStringArray::try_new(OffsetBuffer::from_lengths([length]), value, None)?),
-        _ => Arc::new(StringArray::try_new(OffsetBuffer::from_lengths([length]), value, None)?),
+        DataType::Utf8 => Arc::new(StringArray::try_new(OffsetBuffer::from_lengths([length]), value, None)?),
+        other => {
+            return Err(StorageError::Format { op: "decode", text: format!("no views are made of the type {other}") });
+        }
     })
 }
 
@@ -205,10 +221,7 @@ mod tests {
     }
 
     fn has_views(rows: &Rows) -> bool {
-        rows.batch
-            .columns()
-            .iter()
-            .any(|column| matches!(column.data_type(), DataType::BinaryView | DataType::Utf8View))
+        rows.batch.columns().iter().any(|column| is_view(column.data_type()))
     }
 
     #[test]
@@ -259,6 +272,41 @@ mod tests {
         for value in values {
             assert!(bytes.as_ptr_range().contains(&value.as_ptr()), "elsewhere");
         }
+    }
+
+    #[test]
+    fn columns_whose_stored_type_is_one_of_views_come_out_as_such() {
+        let all = batch(&[Some(2 * LARGE), Some(20), None, Some(3)]);
+        let kinds = [None, Some(DataType::BinaryView), None, Some(DataType::Utf8View), Some(DataType::Utf8View)];
+        let schema = all.schema();
+        let columns = schema.fields().iter().zip(all.columns()).zip(kinds).map(|((field, column), kind)| {
+            let kind = kind.unwrap_or_else(|| column.data_type().clone());
+            (field.name().clone(), arrow::compute::cast(column, &kind).expect("views"), field.is_nullable())
+        });
+        let all = RecordBatch::try_from_iter_with_nullable(columns).expect("a batch");
+        for rows in [decoded(std::slice::from_ref(&all)).0, Rows::from(all.clone())] {
+            assert_eq!(rows.all().expect("all"), all);
+            for row in 0..all.num_rows() {
+                assert_eq!(rows.slice(row, 1).expect("one"), all.slice(row, 1), "row {row}");
+            }
+            assert_eq!(rows.columns(&[1, 3]).expect("some"), all.project(&[1, 3]).expect("some"));
+            let expected = arrow::compute::interleave_record_batch(&[&all], &[(0, 1), (0, 0)]).expect("some");
+            assert_eq!(Rows::interleave(&[rows], &[(0, 1), (0, 0)]).expect("some"), expected);
+        }
+    }
+
+    #[test]
+    fn more_than_an_array_of_the_stored_type_holds_is_an_error() {
+        let value = vec![b'x'; 1 << 20];
+        let mut views = arrow::array::BinaryViewBuilder::new();
+        let block = views.append_block(value.into());
+        for _ in 0..2048 {
+            views.try_append_view(block, 0, 1 << 20).expect("a view");
+        }
+        let column: ArrayRef = Arc::new(views.finish());
+        let refused = to_type(&column, &DataType::Binary).expect_err("2 GiB").to_string();
+        assert!(refused.contains("2147483648 bytes"), "{refused}");
+        assert!(to_type(&column.slice(0, 2), &DataType::Binary).is_ok());
     }
 
     #[test]

@@ -23,13 +23,19 @@ pub async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<ReadJob>, counters
     while let Some(job) = jobs.recv().await {
         let disk = disk.clone();
         let counters = Arc::clone(&counters);
-        // Bounded by who asks: `CHUNKS_LOADING_MAX`, and calls that look at files.
+        // Bounded by those who wait for an answer: `CHUNKS_LOADING_MAX`, and calls that look at files.
         tokio::task::spawn_local(async move {
-            let result = read_range(&disk, &job.path, job.at, job.length).await;
+            let ReadJob { path, at, length, mut reply } = job;
+            let result = tokio::select! {
+                biased;
+                // Who asked has gone: nobody wants the bytes, and others wait for the turn.
+                () = reply.closed() => return,
+                result = read_range(&disk, &path, at, length) => result,
+            };
             if let Ok(bytes) = &result {
                 IoCounters::add(&counters.read, bytes.len() as u64);
             }
-            job.reply.send(result).ok(); // The asker may have gone; then nobody wants the bytes.
+            reply.send(result).ok(); // Gone just now.
         });
     }
 }

@@ -106,7 +106,8 @@ impl Loader {
         let (record, for_check) = (chunk.clone(), bytes.clone());
         // Checksums are CPU work: off the threads that serve sockets.
         place.aside("check", move || verify_columns(&path, &record, &for_check, None)).await?;
-        let rows = self.decode(&place, view, chunk, bytes).await?;
+        let (of, schema, descriptor) = (chunk.clone(), Arc::clone(&view.schema), Arc::clone(&view.descriptor));
+        let rows = place.aside("decode", move || decode(row_group(&schema, &descriptor, &of), bytes)).await?;
         self.keep(key, rows.clone());
         Ok(rows)
     }
@@ -115,9 +116,15 @@ impl Loader {
     ///
     /// # Errors
     /// When they are not the pages that its columns promise.
-    pub async fn decode(&self, place: &Turn, view: &TopicView, chunk: &ChunkRecord, bytes: ChunkBytes) -> Result<Rows> {
+    pub async fn decode(
+        &self,
+        place: &Turn,
+        view: &TopicView,
+        chunk: &ChunkRecord,
+        bytes: ChunkBytes,
+    ) -> Result<RecordBatch> {
         let (chunk, schema, descriptor) = (chunk.clone(), Arc::clone(&view.schema), Arc::clone(&view.descriptor));
-        place.aside("decode", move || decode(row_group(&schema, &descriptor, &chunk), bytes)).await
+        place.aside("decode", move || decode(row_group(&schema, &descriptor, &chunk), bytes)?.all()).await
     }
 
     /// Waits until one more chunk may be read and decoded; given back by drop.
@@ -163,7 +170,7 @@ impl Loader {
     /// When the file cannot be read or its bytes are damaged.
     pub async fn load_leaves(&self, view: &TopicView, place: Place, leaves: &[usize]) -> Result<(RecordBatch, u64)> {
         let Place::Chunk(index) = place else {
-            return Ok((whole_columns(&self.load(view, place).await?, view, leaves)?, 0));
+            return Ok((self.whole_columns(self.load(view, place).await?, view, leaves).await?, 0));
         };
         let chunk = view.chunks().get(index).ok_or(StorageError::Gone)?;
         self.report((view.record.no, chunk.first_row), self.load_some(view, chunk, leaves).await)
@@ -171,7 +178,7 @@ impl Loader {
 
     async fn load_some(&self, view: &TopicView, chunk: &ChunkRecord, leaves: &[usize]) -> Result<(RecordBatch, u64)> {
         if let Some(rows) = self.cached((view.record.no, chunk.first_row)) {
-            return Ok((whole_columns(&rows, view, leaves)?, 0));
+            return Ok((self.whole_columns(rows, view, leaves).await?, 0));
         }
         let place = self.place().await?;
         let path = view.dir().join(segment::file_name(chunk.segment));
@@ -191,6 +198,18 @@ impl Loader {
             Ok::<_, StorageError>(arrow::compute::concat_batches(&schema, &batches)?)
         };
         Ok((place.aside("decode", decode).await?, read))
+    }
+
+    /// The top-level columns that some leaves belong to.
+    async fn whole_columns(&self, rows: Rows, view: &TopicView, leaves: &[usize]) -> Result<RecordBatch> {
+        let known = leaves.iter().filter(|leaf| **leaf < view.descriptor.num_columns());
+        let mut columns: Vec<usize> = known.map(|leaf| view.descriptor.get_column_root_idx(*leaf)).collect();
+        columns.sort_unstable();
+        columns.dedup();
+        if rows.are_at_hand(&columns) {
+            return rows.columns(&columns);
+        }
+        self.place().await?.aside("decode", move || rows.columns(&columns)).await
     }
 
     fn cached(&self, (no, row): (TopicNo, u64)) -> Option<Rows> {
@@ -213,15 +232,6 @@ impl Loader {
             }
         }
     }
-}
-
-/// The top-level columns that some leaves belong to.
-fn whole_columns(rows: &Rows, view: &TopicView, leaves: &[usize]) -> Result<RecordBatch> {
-    let known = leaves.iter().filter(|leaf| **leaf < view.descriptor.num_columns());
-    let mut columns: Vec<usize> = known.map(|leaf| view.descriptor.get_column_root_idx(*leaf)).collect();
-    columns.sort_unstable();
-    columns.dedup();
-    rows.columns(&columns)
 }
 
 fn row_group<'a>(schema: &'a TopicSchema, descriptor: &'a SchemaDescPtr, chunk: &'a ChunkRecord) -> RowGroup<'a> {

@@ -38,11 +38,9 @@ impl AlignedBuf {
     /// # Errors
     /// When there is no such memory: the length may come from a disk.
     pub(super) fn to_fill(bytes: usize) -> io::Result<Self> {
-        let no_memory = || io::Error::new(io::ErrorKind::OutOfMemory, format!("no memory for {bytes} bytes"));
-        let blocks = bytes.max(1).checked_next_multiple_of(BLOCK_BYTES as usize).ok_or_else(no_memory)?;
-        let layout = Layout::from_size_align(blocks, BLOCK_BYTES as usize).map_err(|_| no_memory())?;
+        let (layout, no_memory) = Self::blocks(bytes)?;
         // SAFETY: the layout has a non-zero size, one block at least.
-        let start = NonNull::new(unsafe { alloc(layout) }).ok_or_else(no_memory)?;
+        let start = NonNull::new(unsafe { alloc(layout) }).ok_or(no_memory)?;
         Ok(Self { start, layout, filled: 0 })
     }
 
@@ -51,11 +49,18 @@ impl AlignedBuf {
     /// # Errors
     /// As [`Self::to_fill`].
     pub(crate) fn zeros(bytes: usize) -> io::Result<Self> {
-        let mut buf = Self::to_fill(bytes)?;
-        // SAFETY: the allocation is as long, and owned by `buf` alone.
-        unsafe { buf.start.write_bytes(0, buf.layout.size()) };
-        buf.filled = buf.layout.size();
-        Ok(buf)
+        let (layout, no_memory) = Self::blocks(bytes)?;
+        // SAFETY: the layout has a non-zero size, one block at least.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(no_memory)?;
+        Ok(Self { start, layout, filled: layout.size() })
+    }
+
+    /// Whole blocks for so many bytes, and the error if there are none.
+    fn blocks(bytes: usize) -> io::Result<(Layout, io::Error)> {
+        let no_memory = || io::Error::new(io::ErrorKind::OutOfMemory, format!("no memory for {bytes} bytes"));
+        let blocks = bytes.max(1).checked_next_multiple_of(BLOCK_BYTES as usize).ok_or_else(no_memory)?;
+        let layout = Layout::from_size_align(blocks, BLOCK_BYTES as usize).map_err(|_| no_memory())?;
+        Ok((layout, no_memory()))
     }
 
     /// Shows the first `bytes`, and no others.

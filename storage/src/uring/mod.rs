@@ -3,7 +3,8 @@
 //! This room alone has `unsafe` (also the allocator's and that of copies past the caches, for that) and names
 //! tokio-uring; both are here because the kernel borrows memory beyond any lifetime the compiler sees. The rule that
 //! makes it sound: whatever an entry points to (buffer, path, descriptor) is the operation's stable data, owned by the
-//! driver until the completion arrives, also when the future is dropped.
+//! driver until the completion arrives, also when the future is dropped. The driver itself does not wait before it frees
+//! them, so [`run`] does before it lets the driver go.
 //!
 //! Runs without `DEFER_TASKRUN`: tokio-uring 0.5 hangs with it (design.md section 10).
 #![expect(unsafe_code, reason = "the kernel borrows buffers; every block says why it may")]
@@ -12,29 +13,28 @@ mod aligned;
 pub mod allocator;
 pub(crate) mod lease;
 pub mod past_cache;
+mod read;
 
 pub use aligned::AlignedBuf;
 
 use crate::depth::{Buffers, Depth};
 use crate::disk::{Disk, DiskState, Engine};
-use crate::limits::{
-    BLOCK_BYTES, READ_PIECE_BYTES, READS_AHEAD, READS_AT_DEVICE, RING_BUFFER_BYTES, RING_ENTRIES, RING_WRITES_AT_DEVICE,
-};
+use crate::limits::{BLOCK_BYTES, RING_BUFFER_BYTES, RING_ENTRIES, RING_WRITES_AT_DEVICE};
 use crate::reclaim;
 use bytes::Bytes;
-use futures::stream::{self, StreamExt, TryStreamExt};
+use futures::FutureExt;
 use io_uring::{cqueue, opcode, squeue, types};
 use std::cell::{Cell, RefCell};
 use std::ffi::CString;
 use std::future::Future;
 use std::io;
-use std::ops::Range;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::rc::Rc;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 use tokio_uring::buf::fixed::{FixedBuf, FixedBufRegistry};
 use tokio_uring::{OneshotOutputTransform, UnsubmittedOneshot};
 
@@ -52,10 +52,37 @@ where
     let mut builder = tokio_uring::builder();
     builder.entries(RING_ENTRIES).uring_builder(&ring);
     let runtime = tokio_uring::Runtime::new(&builder)?;
-    Ok(runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let disk = UringDisk::new(state, buffers);
-        body(disk).await
-    }))
+        let ended = AssertUnwindSafe(body(disk)).catch_unwind().await;
+        // tokio-uring 0.5 frees what operations point to, and then waits for them: the kernel must be done before that.
+        while UNDER_WAY.get() > 0 {
+            tokio_uring::no_op().await.ok(); // A failed one has looked for completions as well.
+        }
+        ended
+    });
+    Ok(ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+}
+
+thread_local! {
+    /// Operations of this thread that the kernel is not done with.
+    static UNDER_WAY: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Counts an operation until the kernel is done with it: part of its stable data.
+struct UnderWay(());
+
+impl UnderWay {
+    fn begin() -> Self {
+        UNDER_WAY.set(UNDER_WAY.get() + 1);
+        Self(())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        UNDER_WAY.set(UNDER_WAY.get() - 1);
+    }
 }
 
 /// Finds out what this machine and this folder allow: io_uring, direct I/O, registered buffers.
@@ -160,10 +187,7 @@ struct Pool {
     ready: Cell<usize>,
     /// A write is back from the device.
     back: Notify,
-    /// Pieces that may be read at once.
-    reads: Semaphore,
-    /// Ranges of many pieces that may be read at once: one.
-    long_reads: Semaphore,
+    reads: read::Turns,
 }
 
 impl Pool {
@@ -178,8 +202,7 @@ impl Pool {
             at_device: Cell::new(0),
             ready: Cell::new(0),
             back: Notify::new(),
-            reads: Semaphore::new(READS_AT_DEVICE),
-            long_reads: Semaphore::new(1),
+            reads: read::Turns::default(),
         }
     }
 
@@ -315,7 +338,10 @@ impl<D> OneshotOutputTransform for GiveBack<D> {
 
 /// Submits one entry; `data` owns everything the entry points to.
 async fn submit<D: Unpin + 'static>(data: D, entry: squeue::Entry) -> (io::Result<u32>, D) {
-    UnsubmittedOneshot::new(data, GiveBack(std::marker::PhantomData), entry).submit().await
+    let stable = (data, UnderWay::begin());
+    let (result, (data, _done)) =
+        UnsubmittedOneshot::new(stable, GiveBack(std::marker::PhantomData), entry).submit().await;
+    (result, data)
 }
 
 fn fd_of(file: &UringFile) -> types::Fd {
@@ -371,41 +397,6 @@ fn write_entry(file: &UringFile, buf: &mut PoolBuf, from: usize, len: usize, at:
         Some(index) => opcode::WriteFixed::new(fd_of(file), start, ring_len(len), index).offset(at as _).build(),
         None => opcode::Write::new(fd_of(file), start, ring_len(len)).offset(at as _).build(),
     }
-}
-
-/// Reads a piece of what is `at` into its place of the memory for it; returns where what there is of it ends, or the
-/// piece. Takes its turn among [`READS_AT_DEVICE`].
-async fn read_piece(
-    pool: &Pool,
-    file: &UringFile,
-    memory: &Rc<AlignedBuf>,
-    piece: Range<usize>,
-    at: u64,
-) -> io::Result<usize> {
-    assert!(piece.end <= memory.capacity(), "a read stays inside its memory");
-    // Cancel-safety: who goes away while waiting has taken no turn; what it submitted is the driver's.
-    let _turn = pool.reads.acquire().await.map_err(io::Error::other)?;
-    let mut done = piece.start;
-    while done < piece.end {
-        // SAFETY: `done` is inside of the memory, asserted above.
-        let into = unsafe { memory.start().add(done) };
-        let entry = opcode::Read::new(fd_of(file), into, ring_len(piece.end - done)).offset((at + done as u64) as _);
-        // Memory and descriptor ride along: neither may go meanwhile.
-        let (result, _stable) = submit((Rc::clone(memory), file.clone()), entry.build()).await;
-        match result {
-            Ok(0) => break,
-            Ok(count) => {
-                done += count as usize;
-                // A direct read that ends off a block boundary has met the end of the file.
-                if !u64::from(count).is_multiple_of(BLOCK_BYTES) {
-                    break;
-                }
-            }
-            Err(error) if is_transient(&error) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(done)
 }
 
 fn is_transient(error: &io::Error) -> bool {
@@ -472,25 +463,7 @@ impl Disk for UringDisk {
     }
 
     async fn read(&self, file: &UringFile, at: u64, len: usize) -> io::Result<Bytes> {
-        let memory = Rc::new(AlignedBuf::to_fill(len)?);
-        let all = memory.capacity();
-        // One long range after the other: who has one works on it while the next is read. Together they would all wait
-        // for the device, and then it for them (PERF.md). Cancel-safety: a turn ends with the future.
-        let is_long = all > READS_AHEAD * READ_PIECE_BYTES;
-        let _turn = if is_long { Some(self.pool.long_reads.acquire().await.map_err(io::Error::other)?) } else { None };
-        let pieces = (0..all).step_by(READ_PIECE_BYTES).map(|from| from..(from + READ_PIECE_BYTES).min(all));
-        let ends = stream::iter(pieces).map(|piece| async {
-            let (full, end) = (piece.end, read_piece(&self.pool, file, &memory, piece, at).await?);
-            // Nothing counts that lies behind a piece that is not full.
-            Ok::<_, io::Error>(if end < full { end } else { all })
-        });
-        let end =
-            ends.buffer_unordered(READS_AHEAD).try_fold(all, |least, end| async move { Ok(least.min(end)) }).await?;
-        let mut memory = Rc::into_inner(memory).ok_or_else(|| io::Error::other("a read that is over goes on"))?;
-        // SAFETY: the kernel wrote every piece in front of `end` whole, and the one that `end` lies in up to there.
-        unsafe { memory.set_filled(end) };
-        memory.truncate(len);
-        Ok(Bytes::from_owner(memory))
+        read::range(&self.pool.reads, file, at, len).await
     }
 
     fn sync(&self, file: &UringFile) -> impl Future<Output = io::Result<()>> + 'static {
@@ -572,6 +545,8 @@ impl Disk for UringDisk {
 mod tests {
     use super::*;
     use crate::limits::{DEPTH_LOW_AFTER, RING_BUFFERS_LOW};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::Duration;
     use tokio::time::timeout;
 
@@ -582,6 +557,45 @@ mod tests {
         let free = std::iter::repeat_with(|| Slot::Plain(AlignedBuf::new())).take(count).collect();
         let depth = depth.clone();
         UringDisk { pool: Rc::new(Pool::new(None, free, depth)), direct: false }
+    }
+
+    /// Memory that the kernel may write to, and whether it is gone.
+    struct Memory(Box<[u8; 8]>, Arc<AtomicBool>);
+
+    impl Drop for Memory {
+        fn drop(&mut self) {
+            self.1.store(true, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_may_write_to_is_kept_until_it_is_done_though_all_who_asked_have_gone() {
+        let state = probe(&std::env::temp_dir(), true);
+        if state.engine != Engine::Uring {
+            return; // No ring, no kernel that writes.
+        }
+        let (from, to) = io::pipe().expect("a pipe");
+        let gone = Arc::new(AtomicBool::new(false));
+        let ring = std::thread::spawn({
+            let gone = Arc::clone(&gone);
+            move || {
+                run(&state, Buffers::of(0), |_| async move {
+                    let mut memory = Memory(Box::new([0; 8]), gone);
+                    let entry = opcode::Read::new(types::Fd(from.as_raw_fd()), memory.0.as_mut_ptr(), 8).build();
+                    let mut read = Box::pin(submit((memory, from), entry));
+                    assert!(futures::future::poll_immediate(&mut read).await.is_none());
+                    tokio_uring::no_op().await.expect("the kernel has it");
+                })
+            }
+        });
+        let late = std::time::Instant::now() + A_MOMENT * 10;
+        while std::time::Instant::now() < late {
+            assert!(!gone.load(Ordering::SeqCst), "freed, and the kernel may still write to it");
+            std::thread::yield_now();
+        }
+        io::Write::write_all(&mut &to, b"8 bytes.").expect("written");
+        ring.join().expect("no panic").expect("a ring");
+        assert!(gone.load(Ordering::SeqCst));
     }
 
     #[tokio::test]
