@@ -26,11 +26,16 @@ pub async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<ReadJob>, counters
         // Bounded by those who wait for an answer: `CHUNKS_LOADING_MAX`, and calls that look at files.
         tokio::task::spawn_local(async move {
             let ReadJob { path, at, length, mut reply } = job;
-            let result = tokio::select! {
-                biased;
-                // Who asked has gone: nobody wants the bytes, and others wait for the turn.
-                () = reply.closed() => return,
-                result = read_range(&disk, &path, at, length) => result,
+            // Not given up halfway: nobody would close what the kernel opens then.
+            let opened = disk.open(&path).await.map_err(|error| StorageError::io("open", &path, error));
+            let result = match opened {
+                Ok(file) => tokio::select! {
+                    biased;
+                    // Who asked has gone: nobody wants the bytes, and others wait for the turn.
+                    () = reply.closed() => return,
+                    read = read_opened(&disk, &file, &path, at, length) => read,
+                },
+                Err(error) => Err(error),
             };
             if let Ok(bytes) = &result {
                 IoCounters::add(&counters.read, bytes.len() as u64);
@@ -43,7 +48,11 @@ pub async fn serve<D: Disk>(disk: D, mut jobs: mpsc::Receiver<ReadJob>, counters
 /// Reads `length` bytes at a block-aligned offset.
 pub(crate) async fn read_range<D: Disk>(disk: &D, path: &Path, at: u64, length: u64) -> Result<Bytes> {
     let file = disk.open(path).await.map_err(|error| StorageError::io("open", path, error))?;
-    let bytes = disk.read(&file, at, usize::try_from(length).unwrap_or(usize::MAX)).await;
+    read_opened(disk, &file, path, at, length).await
+}
+
+async fn read_opened<D: Disk>(disk: &D, file: &D::File, path: &Path, at: u64, length: u64) -> Result<Bytes> {
+    let bytes = disk.read(file, at, usize::try_from(length).unwrap_or(usize::MAX)).await;
     let bytes = bytes.map_err(|error| StorageError::io("read", path, error))?;
     if (bytes.len() as u64) < length {
         let short = format!("{} of {length} bytes at {at}", bytes.len());
@@ -121,6 +130,47 @@ mod tests {
     #[test]
     fn a_range_beyond_the_end_is_refused_saying_how_much_there_is() {
         on_each_disk!(refuses_what_is_beyond_the_end);
+    }
+
+    /// Descriptors of this process that lead to a file.
+    fn open_files(path: &Path) -> usize {
+        let all = std::fs::read_dir("/proc/self/fd").expect("of this process");
+        all.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).filter(|to| to == path).count()
+    }
+
+    async fn gives_up_what_nobody_waits_for<D: Disk>(disk: D, (path, bytes): (PathBuf, Vec<u8>)) {
+        let path = std::fs::canonicalize(path).expect("there");
+        let (ask, jobs) = mpsc::channel(4);
+        let counters = IoCounters::shared();
+        let service = tokio::task::spawn_local(serve(disk.clone(), jobs, Arc::clone(&counters)));
+        let job = || {
+            let (reply, answer) = oneshot::channel();
+            (ReadJob { path: path.clone(), at: 0, length: bytes.len() as u64, reply }, answer)
+        };
+        for round in 0..30 {
+            let (job, answer) = job();
+            ask.send(job).await.expect("it serves");
+            for _ in 0..round % 6 {
+                disk.breathe().await;
+            }
+            drop(answer);
+        }
+        let (job, answer) = job();
+        ask.send(job).await.expect("it serves");
+        let read = tokio::time::timeout(Duration::from_secs(60), answer).await.expect("its turn").expect("an answer");
+        assert!(read.expect("read") == bytes);
+        assert!(counters.read.load(std::sync::atomic::Ordering::Relaxed) < 31 * bytes.len() as u64, "all were read");
+        drop(ask);
+        service.await.expect("no panic");
+        for _ in 0..1000 {
+            disk.breathe().await;
+        }
+        assert_eq!(open_files(&path), 0, "left open");
+    }
+
+    #[test]
+    fn reads_that_nobody_waits_for_end_and_leave_no_file_open() {
+        on_each_disk!(gives_up_what_nobody_waits_for);
     }
 
     async fn goes_on_after_reads_that_were_given_up<D: Disk>(disk: D, (path, bytes): (PathBuf, Vec<u8>)) {
